@@ -6,7 +6,8 @@
 
 sigma of the paper cancels in h, so h does not change when H becomes c H^a (a, c > 0): nats or bits are the same.
 
-Source: arXiv 2509.16591, Eqs. 5-7; the released code takes the magnitude below the pivot (`sign="released"`).
+Source: arXiv 2509.16591, Eqs. 5-7; the released code takes the magnitude below the pivot (`sign="released"`) and
+spreads about the pivot where Eq. 5 says standard deviation; we follow the equation.
 Left out: running statistics over several batches; the paper uses one batch.
 """
 
@@ -35,7 +36,7 @@ class EntropyStats(NamedTuple):
     high: Tensor
     """largest log H"""
     sigma: Tensor
-    """root mean square deviation of log H about the pivot; only the z-score temperature uses it"""
+    """standard deviation of log H about its mean (Eq. 5); it cancels in h, only the z-score temperature uses it"""
     count: Tensor
     """number of tokens"""
 
@@ -80,7 +81,7 @@ def entropy_stats(
         return None
     rank = round(rho * (n - 1))  # Python rounds halves to even, as the nearest-rank rule of the paper's code does
     pivot = values.kthvalue(rank + 1).values
-    sigma = (values - pivot).square().mean().sqrt().clamp(min=1e-4)
+    sigma = values.std(unbiased=False).clamp(min=1e-4)
     return EntropyStats(pivot, values.min(), values.max(), sigma, torch.tensor(n, device=values.device))
 
 

@@ -1,0 +1,5 @@
+"""Weights and masks between the policy that sampled and the policy that learns."""
+
+from rltok.correction.weights import CorrectionConfig, RolloutWeights, rollout_weights
+
+__all__ = ["CorrectionConfig", "RolloutWeights", "rollout_weights"]

@@ -1,0 +1,57 @@
+"""From a (B, T) token loss to the number that is differentiated.
+
+grpo, sapo           mean over tokens of a completion, then over completions
+bnpo                 mean over the tokens of the micro-batch
+dr_grpo              sum / (B * token budget)
+dapo, cispo, vespo   sum / tokens of one accumulation window, averaged over the generation batch
+luspo                sum over tokens, mean over completions
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "cispo", "sapo", "vespo")
+CLIPPED = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
+TOKEN_NORMALISED = ("dapo", "cispo", "vespo")
+
+
+@dataclass(frozen=True)
+class Divisors:
+    """What a micro-batch is divided by so that the steps of an accumulation window add up to one mean."""
+
+    accumulation: float = 1.0
+    """micro-batches in this optimizer step"""
+    tokens: Tensor | float = 1.0
+    """tokens of one accumulation window on one rank (`dapo`, `cispo`, `vespo`)"""
+    token_budget: int = 1
+    """`max_completion_length` (`dr_grpo`)"""
+
+
+def aggregate(token_loss: Tensor, mask: Tensor, loss_type: str, divisors: Divisors) -> Tensor:
+    """Scalar loss of one micro-batch.
+
+    Args:
+        token_loss: (B, T) or (B, 1) loss to minimise.
+        mask: (B, T).
+        loss_type: one of `LOSS_TYPES`.
+        divisors: see `Divisors`; empty rows and empty batches divide by 1.
+
+    Raises:
+        ValueError: unknown loss type.
+    """
+    if loss_type in TOKEN_NORMALISED:
+        return (token_loss * mask).sum() / divisors.tokens
+    if loss_type in ("grpo", "sapo"):
+        loss = ((token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
+    elif loss_type == "bnpo":
+        loss = (token_loss * mask).sum() / mask.sum().clamp(min=1.0)
+    elif loss_type == "dr_grpo":
+        loss = (token_loss * mask).sum() / (token_loss.size(0) * divisors.token_budget)
+    elif loss_type == "luspo":
+        loss = (token_loss * mask).sum(-1).mean()
+    else:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed: {', '.join(LOSS_TYPES)}")
+    return loss / divisors.accumulation

@@ -1,0 +1,138 @@
+"""Settings of door 3: how completions are made, and how the learner makes up for a changed sampler."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rltok.config import ConfigError, build, build_typed, join
+from rltok.correction import CorrectionConfig
+from rltok.sampling import DECODING, DecodingModule
+
+
+@dataclass(frozen=True)
+class DynamicSamplingConfig:
+    """Sample prompts again until no group of completions has a constant metric (DAPO)."""
+
+    metric: str
+    """Name of the reward function that must vary within a group; correctness, not the shaped sum."""
+    max_rounds: int = 10
+    """Generation rounds per batch, the first included; 0 or less for no limit."""
+    on_limit: Literal["error", "keep"] = "error"
+    """After the last round: stop the run, or train on the constant groups that are left."""
+
+    def __post_init__(self) -> None:
+        if not self.metric:
+            raise ValueError("metric is empty: name the reward function that must vary within a group")
+        if self.on_limit not in ("error", "keep"):
+            raise ValueError(f"on_limit={self.on_limit!r} is unknown; allowed: 'error', 'keep'")
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are made; the default is TRL's plain sampler, unrecorded and uncorrected."""
+
+    decoding: tuple[DecodingModule, ...] = ()
+    """Decoding methods, each `{type: NAME, option: value}`; they act together, temperatures last."""
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
+    """Weights between the sampler and the learner."""
+    dynamic_sampling: DynamicSamplingConfig | None = None
+    """Refill groups whose metric is constant; null trains on them as they are."""
+    record_logps: Literal["auto", "always", "never"] = "auto"
+    """Record the log-probability of every sampled token; `auto` exactly when the correction uses it."""
+    strict: bool = True
+    """Refuse top-p, top-k, min-p and penalties, whose ratio to the unrestricted policy is biased by construction."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "decoding", tuple(self.decoding))
+        for module in self.decoding:
+            if not isinstance(module, DecodingModule):
+                raise ValueError(f"decoding has {module!r}, which is no decoding method; known: {', '.join(DECODING)}")
+        kinds = [type(module) for module in self.decoding]
+        for kind in kinds:
+            if kinds.count(kind) > 1:
+                raise ValueError(f"decoding lists {kind.__name__} {kinds.count(kind)} times: keep one")
+        if self.record_logps not in ("auto", "always", "never"):
+            raise ValueError(f"record_logps={self.record_logps!r} is unknown; allowed: 'auto', 'always', 'never'")
+        if self.record_logps == "never" and self.resolved_correction.mode != "off":
+            raise ValueError(
+                f"correction.mode={self.correction.mode!r} needs what record_logps='never' drops: "
+                "set record_logps='auto' or correction.mode='off'"
+            )
+
+    @property
+    def modifies_sampler(self) -> bool:
+        """True if any decoding method can change a sample."""
+        return any(not module.is_neutral for module in self.decoding)
+
+    @property
+    def resolved_correction(self) -> CorrectionConfig:
+        """`correction` with mode `auto` decided by `modifies_sampler`."""
+        return self.correction.resolve(self.modifies_sampler)
+
+    @property
+    def records_logps(self) -> bool:
+        """True if log-probabilities are recorded during rollouts."""
+        return self.record_logps == "always" or (self.record_logps == "auto" and self.resolved_correction.mode != "off")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Fields of `DecodingContext` that the active decoding methods need."""
+        return frozenset(need for module in self.decoding if not module.is_neutral for need in module.needs)
+
+
+def build_rollout(section: Mapping[str, Any] | RolloutConfig | None, path: str = "rollout") -> RolloutConfig:
+    """The rollout section of a recipe as typed settings; None is the plain sampler.
+
+    Raises:
+        ConfigError: unknown key or type, wrong value, or settings that do not go together.
+    """
+    if isinstance(section, RolloutConfig):
+        return section
+    if isinstance(section, Mapping) and "decoding" in section:
+        where = join(path, "decoding")
+        section = {**section, "decoding": _build_decoding(section["decoding"], where)}
+    return build(RolloutConfig, section, path)
+
+
+def _build_decoding(items: Any, path: str) -> tuple[DecodingModule, ...]:
+    if items is None:
+        return ()
+    if not isinstance(items, list | tuple):
+        raise ConfigError(f"{path}: {items!r} is not a list; write [{{type: NAME, option: value}}, ...]", path)
+    return tuple(
+        item if isinstance(item, DecodingModule) else build_typed(DECODING, item, f"{path}[{index}]")
+        for index, item in enumerate(items)
+    )
+
+
+def refuse_restricted_sampling(
+    rollout: RolloutConfig,
+    *,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+) -> None:
+    """Raise where samples are drawn from a restricted set while ratios are taken to the unrestricted policy.
+
+    With top-p the mean ratio is the kept mass (0.9, say), not 1, so no weight can repair it. `strict: false` allows it.
+
+    Raises:
+        ValueError: naming every setting in force and its neutral value.
+    """
+    seen = []
+    if top_p is not None and top_p < 1:
+        seen.append(f"top_p={top_p} (set 1.0)")
+    if top_k is not None and top_k > 0:
+        seen.append(f"top_k={top_k} (set 0)")
+    if min_p is not None and min_p > 0:
+        seen.append(f"min_p={min_p} (set null)")
+    if repetition_penalty is not None and repetition_penalty != 1:
+        seen.append(f"repetition_penalty={repetition_penalty} (set 1.0)")
+    if rollout.strict and seen:
+        raise ValueError(
+            f"{', '.join(seen)}: the learner's ratio is to the unrestricted policy, so the gradient would be biased; "
+            "or accept that with rollout.strict=false"
+        )
