@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltok.config import ConfigError, build, build_typed, check_keys, convert, hints, join, lookup_type, suggestion
-from rltok.models import ModelConfig
+from rltok.models import TINY, ModelConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Where the shipped recipes lie."""
@@ -367,17 +367,14 @@ def _anchor_paths(layer: Mapping[str, Any], folder: Path) -> None:
             if isinstance(block, dict) and isinstance(block.get(key), str):
                 block[key] = _anchor(block[key], folder, always=section == "data")
     rewards = layer.get("rewards")
-    for value in rewards.values() if isinstance(rewards, dict) else []:
-        if isinstance(value, dict):
-            for key, text in value.items():
-                value[key] = _anchor_function(text, folder)
-    for name, value in rewards.items() if isinstance(rewards, dict) else []:
-        rewards[name] = _anchor_function(value, folder)
+    for options in rewards.values() if isinstance(rewards, dict) else []:
+        if isinstance(options, dict) and "function" in options:
+            options["function"] = _anchor_function(options["function"], folder)
 
 
 def _anchor(text: str, folder: Path, always: bool) -> str:
     """Absolute form of a file path; `always=False` leaves a name alone unless it is there or spelled as a path."""
-    if "${" in text or "://" in text:
+    if "${" in text or "://" in text or (text == TINY and not always):
         return text
     path = Path(text).expanduser()
     spelled = text.startswith((".", "~")) or path.is_absolute()
@@ -452,7 +449,6 @@ def _check_doors(values: Mapping[str, Any]) -> dict[str, Any]:
     """The sections of the three doors with the defaults of their methods filled in."""
     from rltok.credit import CREDIT
     from rltok.objective import OBJECTIVE
-    from rltok.rollout import RolloutConfig
 
     doors: dict[str, Any] = {}
     if "credit" in values:
@@ -464,9 +460,18 @@ def _check_doors(values: Mapping[str, Any]) -> dict[str, Any]:
         else:
             doors["objective"] = _filled(OBJECTIVE, terms, "objective")
     if "rollout" in values:
-        doors["rollout"] = values["rollout"]
-        build(RolloutConfig, values["rollout"], "rollout")
+        doors["rollout"] = _check_rollout(values["rollout"])
     return doors
+
+
+def _check_rollout(values: Any) -> dict[str, Any]:
+    from rltok.rollout import RolloutConfig, build_rollout
+    from rltok.sampling import DECODING
+
+    values = without_nulls(RolloutConfig, values) if isinstance(values, dict) else values
+    plain = _plain(build_rollout(values))
+    items = values.get("decoding") or []
+    return plain | {"decoding": [_filled(DECODING, item, f"rollout.decoding[{i}]") for i, item in enumerate(items)]}
 
 
 def _filled(registry: Mapping[str, type], values: Any, path: str) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class RolloutConfig:
         object.__setattr__(self, "decoding", tuple(self.decoding))
         for module in self.decoding:
             if not isinstance(module, DecodingModule):
-                raise ValueError(f"decoding has {module!r}, which is no decoding method; known: {', '.join(DECODING)}")
+                raise TypeError(f"decoding has {module!r}, which is no decoding method; known: {', '.join(DECODING)}")
         kinds = [type(module) for module in self.decoding]
         for kind in kinds:
             if kinds.count(kind) > 1:

@@ -169,6 +169,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Dat
             use_cpu=True,
             bf16=False,
             train_sampling_strategy="group_by_length",
+            gradient_checkpointing=False,
             max_length=None,
             logging_steps=100,
             save_strategy="no",

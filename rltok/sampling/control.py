@@ -124,7 +124,11 @@ def sampling_control(
     def with_ours(*args: Any, **kwargs: Any) -> LogitsProcessorList:
         arguments = signature.bind(*args, **kwargs).arguments
         settings, prompt_length = arguments["generation_config"], arguments.get("input_ids_seq_length")
-        _refuse_unsupported(settings, prompt_length)
+        if prompt_length is None:
+            raise ValueError(
+                "continuous batching gives processors no history: set use_transformers_continuous_batching=False"
+            )
+        _refuse_other_modes(settings)
         for processor in [*processors, *([] if recorder is None else [recorder])]:
             if isinstance(processor, RolloutProcessor):
                 processor.begin(prompt_length, settings)
@@ -142,11 +146,7 @@ def sampling_control(
         delattr(model, HOOK)
 
 
-def _refuse_unsupported(settings: Any, prompt_length: int | None) -> None:
-    if prompt_length is None:
-        raise ValueError(
-            "continuous batching gives processors no history: set use_transformers_continuous_batching=False"
-        )
+def _refuse_other_modes(settings: Any) -> None:
     mode = settings.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(

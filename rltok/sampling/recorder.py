@@ -19,7 +19,6 @@ class SampledLogps(RolloutProcessor):
     """Records log mu(a_t) in nats during one `generate` call; `finish` hands it out and makes room for the next."""
 
     def __init__(self) -> None:
-        self._prompt_length = 0
         self.reset()
 
     def reset(self) -> None:
@@ -27,6 +26,7 @@ class SampledLogps(RolloutProcessor):
         self._logps: list[Tensor] = []  # (B,) per resolved step
         self._row: Tensor | None = None  # (B, V) scores whose token is not known yet
         self._ids: Tensor | None = None  # (B, S) ids that led to `_row`
+        self._prompt_length = 0
 
     def begin(self, prompt_length: int, settings: GenerationSettings) -> None:
         """Start a generate call; refuses what it could not record."""
@@ -34,7 +34,6 @@ class SampledLogps(RolloutProcessor):
             raise ValueError("the recorder still holds an earlier generate call: read it with finish() first")
         if not settings.do_sample:
             raise ValueError("do_sample=False samples nothing to record: set do_sample=True or record_logps='never'")
-        self._prompt_length = prompt_length
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Resolve the previous row with the token that was drawn from it, keep this one; returns `scores` itself."""

@@ -32,6 +32,9 @@ Form = Literal["bounded", "zscore"]
 ZSCORE_FLOOR = 0.1
 """Smallest T_t / T_b of the unbounded z-score form, which could otherwise reach 0."""
 
+EXP_UNDERFLOW = -200.0
+"""exp of this is 0 in float32."""
+
 
 def adaptive_temperature(
     entropy: Tensor,
@@ -70,9 +73,18 @@ def adaptive_temperature(
     return base * (1 + tau * z_score).clamp(min=ZSCORE_FLOOR)
 
 
-def row_entropy(scores: Tensor) -> Tensor:
-    """Entropy in nats of softmax(scores): (B, V) logits, -inf for forbidden tokens -> (B,) float32."""
-    return torch.special.entr(scores.float().softmax(dim=-1)).sum(dim=-1)
+def row_entropy(scores: Tensor, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of softmax(scores / temperature): (B, V) logits, -inf where forbidden -> (B,) float32.
+
+    log sum exp y - sum p y with y = (z - max z) / T: both terms are >= 0, so small entropies keep their digits.
+    """
+    shifted = scores.float() - scores.amax(dim=-1, keepdim=True)
+    if temperature != 1:
+        shifted /= temperature
+    shifted.clamp_(min=EXP_UNDERFLOW)  # 0 * -inf would be NaN
+    weights = shifted.exp()
+    total = weights.sum(dim=-1)
+    return total.log() - torch.linalg.vecdot(weights, shifted) / total
 
 
 class AdaptiveTemperature(RolloutProcessor):
@@ -107,7 +119,7 @@ class AdaptiveTemperature(RolloutProcessor):
         """(B, V) raw logits -> (B, V) logits divided by each row's factor."""
         if self.stats is None or self.tau == 0:
             return scores
-        entropy = row_entropy(scores if self.base == 1 else scores / self.base)
+        entropy = row_entropy(scores, self.base)
         self._entropies.append(entropy)
         return scores / self._factor(entropy)[:, None].to(scores.dtype)
 

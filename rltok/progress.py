@@ -1,0 +1,160 @@
+"""Progress of a run: a live bar in a terminal, one line per logged step elsewhere."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+Mode = Literal["auto", "live", "lines", "off"]
+
+METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("reward", ("reward",)),
+    ("strict", ("rewards/strict/mean",)),
+    ("length", ("completions/mean_length",)),
+    ("entropy", ("entropy",)),
+    ("clipped", ("clip_ratio/region_mean", "clip_ratio")),
+)
+"""What is shown: label -> the first of these logged metrics that there is."""
+
+
+def resolve_mode(mode: Mode, console: Console) -> Mode:
+    """`auto` as what suits the console."""
+    if mode != "auto":
+        return mode
+    return "live" if console.is_terminal else "lines"
+
+
+class ProgressDisplay(TrainerCallback):
+    """Shows step, reward, strict accuracy, completion length, entropy, clip fraction and time left."""
+
+    def __init__(self, console: Console, mode: Mode = "auto") -> None:
+        self.console = console
+        self.mode = resolve_mode(mode, console)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._started = time.monotonic()
+        self._first_step = 0
+
+    def install(self, trainer: Trainer) -> None:
+        """Add to a trainer in place of transformers' own progress bar and log printer."""
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        if trainer.is_world_process_zero():
+            trainer.add_callback(self)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._started, self._first_step = time.monotonic(), state.global_step
+        if self.mode == "live":
+            self._progress = bar(self.console)
+            self._task = self._progress.add_task(
+                "training", total=state.max_steps, completed=state.global_step, detail="first rollout"
+            )
+            self._progress.start()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._progress is not None:
+            self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = describe_metrics(logs or {})
+        if not shown:
+            return
+        if self._progress is not None:
+            self._progress.update(self._task, detail=shown)
+        elif self.mode == "lines":
+            left = self._seconds_left(state)
+            self.console.print(
+                f"step {state.global_step}/{state.max_steps}  {shown}  {clock(left)} left", highlight=False
+            )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Leave the terminal as it was; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _seconds_left(self, state: TrainerState) -> float:
+        done = state.global_step - self._first_step
+        return (time.monotonic() - self._started) / max(done, 1) * (state.max_steps - state.global_step)
+
+
+class EvaluationBar(AbstractContextManager["EvaluationBar"]):
+    """Progress of an evaluation; call it with the number of completions just made."""
+
+    def __init__(self, console: Console, label: str, total: int, mode: Mode = "auto") -> None:
+        self.console, self.label, self.total = console, label, total
+        self.mode = resolve_mode(mode, console)
+        self._progress: Progress | None = None
+        self._task: Any = None
+        self._started = time.monotonic()
+
+    def __enter__(self) -> EvaluationBar:
+        if self.mode == "live":
+            self._progress = bar(self.console)
+            self._task = self._progress.add_task(self.label, total=self.total, detail="completions")
+            self._progress.start()
+        elif self.mode == "lines":
+            self.console.print(f"{self.label}: {self.total} completions", highlight=False)
+        return self
+
+    def __call__(self, done: int) -> None:
+        if self._progress is not None:
+            self._progress.advance(self._task, done)
+
+    def __exit__(self, *exc: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+
+def bar(console: Console) -> Progress:
+    """The bar that training and evaluation share."""
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[detail]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+
+
+def describe_metrics(logs: Mapping[str, Any]) -> str:
+    """`reward 0.412  strict 0.350  ...` for the metrics that there are; empty when there is none."""
+    parts = []
+    for label, keys in METRICS:
+        value = next((logs[key] for key in keys if isinstance(logs.get(key), int | float)), None)
+        if value is not None and math.isfinite(value):
+            parts.append(f"{label} {value:.1f}" if label == "length" else f"{label} {value:.3f}")
+    return "  ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as 1:05 or 2:03:04."""
+    whole = max(int(seconds), 0)
+    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

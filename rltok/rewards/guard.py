@@ -1,0 +1,218 @@
+"""A reward that fails stops the run with its name, and the completion it failed on saved to disk."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import math
+import os
+import re
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+RewardFunction = Callable[..., Any]
+
+DEFAULT_DIR = "reward_errors"
+"""Where failures are saved below the working directory, unless told otherwise."""
+REPLAY_SECONDS = 30.0
+"""How long to search for the row that makes a reward raise, by calling it one row at a time."""
+PER_BATCH = frozenset({"trainer_state", "log_extra", "log_metric"})
+"""Keyword arguments of TRL that are not columns."""
+
+
+class RewardError(RuntimeError):
+    """A reward function raised, or returned something that is not one finite number (or None) per completion."""
+
+    def __init__(self, message: str, row: int | None = None, file: Path | None = None) -> None:
+        super().__init__(message)
+        self.row = row
+        """index in the batch, None where no single row is to blame"""
+        self.file = file
+        """the saved failure, None where it could not be saved"""
+
+
+def guarded(function: RewardFunction, name: str, save_dir: str | Path | None = None) -> RewardFunction:
+    """`function` under `name`, checked at every call; an async function stays one.
+
+    Returns:
+        A callable with `__name__ == name` that returns one float, or None for "not applicable", per completion.
+        It can be pickled where `function` can.
+
+    Raises (when called):
+        RewardError: with the name, the row and the file in `save_dir` (default `reward_errors/`) that holds the
+            prompt, the completion and the traceback.
+    """
+    is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+        getattr(function, "__call__", None)  # noqa: B004 - an async callable object hides its `async` there
+    )
+    kind = _AsyncGuard if is_async else _Guard
+    return kind(function, name, Path(DEFAULT_DIR if save_dir is None else save_dir))
+
+
+@dataclass(frozen=True)
+class _Base:
+    function: RewardFunction
+    name: str
+    save_dir: Path
+
+    @property
+    def __name__(self) -> str:
+        return self.name
+
+    def check(self, result: Any, prompts: Sequence[Any], completions: Sequence[Any]) -> list[float | None]:
+        """`result` as a list of floats and None, one per completion."""
+        try:
+            values = list(result)
+        except TypeError:
+            self.fail(f"returned {_short(result)}, not a list", None, prompts, completions, value=result)
+        if len(values) != len(completions):
+            message = f"returned {len(values)} rewards for {len(completions)} completions"
+            self.fail(message, None, prompts, completions, value=values)
+        return [self.number(value, row, prompts, completions) for row, value in enumerate(values)]
+
+    def number(self, value: Any, row: int, prompts: Sequence[Any], completions: Sequence[Any]) -> float | None:
+        """`value` as a finite float; None stays None."""
+        if value is None:
+            return None
+        try:
+            number = math.nan if isinstance(value, str | bytes) else float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            message = f"returned {_short(value)}, not a finite number or None"
+            self.fail(message, row, prompts, completions, value=value)
+        return number
+
+    def raised(self, error: Exception, row: int | None, prompts: Sequence[Any], completions: Sequence[Any]) -> NoReturn:
+        """Stop because the function raised."""
+        self.fail(f"raised {type(error).__name__}: {error}", row, prompts, completions, error=error)
+
+    def fail(
+        self,
+        message: str,
+        row: int | None,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        error: Exception | None = None,
+        value: Any = None,
+    ) -> NoReturn:
+        """Save what is known and raise `RewardError`."""
+        record = {
+            "function": self.name,
+            "message": message,
+            "row": row,
+            "prompt": None if row is None else prompts[row],
+            "completion": None if row is None else completions[row],
+            "value": value,
+            "traceback": None if error is None else "".join(traceback.format_exception(error)),
+        }
+        if row is None:  # no single row is to blame: keep them all
+            record |= {"prompts": list(prompts), "completions": list(completions)}
+        where = f"row {row} of {len(completions)}" if row is not None else "the batch as a whole"
+        try:
+            file: Path | None = _save(record, self.save_dir, self.name, row)
+            saved = f"saved to {file}"
+        except OSError as problem:
+            file, saved = None, f"could not be saved to {self.save_dir}: {problem}"
+        text = f"reward function {self.name!r} {message} ({where}); the prompt and completion {saved}"
+        raise RewardError(text, row, file) from error
+
+
+@dataclass(frozen=True)
+class _Guard(_Base):
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        arguments = _arguments(prompts, completions, completion_ids, columns)
+        try:
+            result = self.function(**arguments)
+        except Exception as error:  # noqa: BLE001 - user code may raise anything; raised again as RewardError
+            self.raised(error, self.blame(arguments), prompts, completions)
+        return self.check(result, prompts, completions)
+
+    def blame(self, arguments: Mapping[str, Any]) -> int | None:
+        """The first row on which the function raises when called with that row alone."""
+        deadline = time.monotonic() + REPLAY_SECONDS
+        for row in range(len(arguments["completions"])):
+            if time.monotonic() > deadline:
+                return None
+            try:
+                self.function(**_one_row(arguments, row))
+            except Exception:  # noqa: BLE001 - any exception marks the row
+                return row
+        return None
+
+
+@dataclass(frozen=True)
+class _AsyncGuard(_Base):
+    async def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        completion_ids: Sequence[Any] | None = None,
+        **columns: Any,
+    ) -> list[float | None]:
+        arguments = _arguments(prompts, completions, completion_ids, columns)
+        try:
+            result = await self.function(**arguments)
+        except Exception as error:  # noqa: BLE001 - user code may raise anything; raised again as RewardError
+            self.raised(error, await self.blame(arguments), prompts, completions)
+        return self.check(result, prompts, completions)
+
+    async def blame(self, arguments: Mapping[str, Any]) -> int | None:
+        """As `_Guard.blame`."""
+        deadline = time.monotonic() + REPLAY_SECONDS
+        for row in range(len(arguments["completions"])):
+            if time.monotonic() > deadline:
+                return None
+            try:
+                pending: Awaitable[Any] = self.function(**_one_row(arguments, row))
+                await pending
+            except Exception:  # noqa: BLE001 - any exception marks the row
+                return row
+        return None
+
+
+def _arguments(prompts: Any, completions: Any, completion_ids: Any, columns: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompts": prompts, "completions": completions, "completion_ids": completion_ids, **columns}
+
+
+def _one_row(arguments: Mapping[str, Any], row: int) -> dict[str, Any]:
+    """The arguments of a batch cut to one row; loggers are replaced so that the search leaves no trace in the logs."""
+    count = len(arguments["completions"])
+    cut: dict[str, Any] = {}
+    for key, value in arguments.items():
+        if key in ("log_extra", "log_metric"):
+            cut[key] = _ignore
+        elif key not in PER_BATCH and isinstance(value, list | tuple) and len(value) == count:
+            cut[key] = [value[row]]
+        else:
+            cut[key] = value
+    return cut
+
+
+def _ignore(*_: Any) -> None:
+    pass
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _save(record: Mapping[str, Any], folder: Path, name: str, row: int | None) -> Path:
+    """Write `record` to a new file of `folder`; the name is unique over rows, processes and time."""
+    folder.mkdir(parents=True, exist_ok=True)
+    safe = re.sub(r"[^\w.-]+", "_", name)
+    place = "batch" if row is None else f"row{row}"
+    file = folder / f"{safe}-{place}-{os.getpid()}-{time.time_ns()}.json"
+    file.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=repr) + "\n", encoding="utf-8")
+    return file.resolve()

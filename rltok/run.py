@@ -1,0 +1,552 @@
+"""One training run: its directory, the held-out evaluations around the training, the summary.
+
+    runs/<name>-seed<seed>/
+        recipe.yaml               the whole recipe, defaults filled in
+        metrics.jsonl             one JSON object per logged step
+        completions/*.parquet     what was sampled, with rewards and credit
+        checkpoint-N/             model, optimizer and every state that an exact continuation needs
+        evaluation_before.json    held-out means; the rows lie in evaluation_before.parquet; likewise `after`
+        summary.json              written last: a run with a summary is complete
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import yaml
+from accelerate.utils import gather_object
+from rich.console import Console
+from rich.table import Table
+from transformers import TrainerCallback, set_seed
+
+from rltok.config import ConfigError
+from rltok.evaluate import Evaluation, evaluate, join_evaluations
+from rltok.expect import Outcome, check_expectations
+from rltok.models import load_model, load_tokenizer, peft_config
+from rltok.progress import EvaluationBar, ProgressDisplay
+from rltok.recipe import Recipe
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+
+    from rltok.rewards import RewardSet
+    from rltok.trainers import CreditConfig
+
+Moment = Literal["before", "after"]
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """The files of one run."""
+
+    path: Path
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per logged step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary(self) -> Path:
+        """The figures of a complete run."""
+        return self.path / "summary.json"
+
+    @property
+    def completions(self) -> Path:
+        """Folder of the sampled completions, a parquet file per logged step."""
+        return self.path / "completions"
+
+    def evaluation(self, moment: Moment) -> Path:
+        """Means of a held-out evaluation."""
+        return self.path / f"evaluation_{moment}.json"
+
+    def evaluation_rows(self, moment: Moment) -> Path:
+        """Rows of a held-out evaluation."""
+        return self.path / f"evaluation_{moment}.parquet"
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """The lines of `metrics.jsonl`; a line cut off by a killed process is left out."""
+        lines = []
+        if self.metrics.is_file():
+            for text in self.metrics.read_text(encoding="utf-8").splitlines():
+                try:
+                    lines.append(json.loads(text))
+                except json.JSONDecodeError:
+                    continue
+        return lines
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: `checkpoint` None is from scratch; `complete`: there is nothing left to do."""
+
+    checkpoint: Path | None = None
+    complete: bool = False
+
+
+def run_directory(recipe: Recipe) -> RunDirectory:
+    """`output_dir`, or `runs/<name>-seed<seed>` below the working directory."""
+    return RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}-seed{recipe.seed}"))
+
+
+def fresh_directory(recipe_name: str, seed: int) -> str:
+    """`runs/<name>-seed<seed>`, or with the first free number behind it if that exists."""
+    base = Path("runs") / f"{recipe_name}-seed{seed}"
+    path, number = base, 2
+    while path.exists():
+        path, number = base.with_name(f"{base.name}-{number}"), number + 1
+    return str(path)
+
+
+def find_start(recipe: Recipe, run: RunDirectory) -> Start:
+    """Where to begin, by `resume` and what the run directory holds.
+
+    Raises:
+        ConfigError: the directory holds a run and `resume` is `never`, or `resume` is a path without a checkpoint.
+    """
+    from rltok.trainers.checkpoint import latest_checkpoint
+
+    holds_run = run.path.is_dir() and any(run.path.iterdir())
+    if recipe.resume == "never":
+        if holds_run:
+            raise ConfigError(
+                f"output_dir: {run.path} already holds a run; continue it with resume=auto, "
+                "or give another directory with output_dir=DIR or another seed=N",
+                "output_dir",
+            )
+        return Start()
+    if recipe.resume == "auto":
+        if run.summary.is_file():
+            return Start(complete=True)
+        return Start(latest_checkpoint(run.path) if holds_run else None)
+    return Start(_given_checkpoint(Path(recipe.resume).expanduser()))
+
+
+def _given_checkpoint(path: Path) -> Path:
+    from rltok.trainers.checkpoint import damage, latest_checkpoint
+
+    if not path.is_dir():
+        raise ConfigError(f"resume: {str(path)!r} is no directory; allowed: auto, never, a checkpoint, a run", "resume")
+    if (path / "trainer_state.json").is_file():
+        problem = damage(path)
+        if problem is not None:
+            raise ConfigError(f"resume: {path} is not usable: {problem}", "resume")
+        return path
+    found = latest_checkpoint(path)
+    if found is None:
+        raise ConfigError(f"resume: {path} holds no whole checkpoint", "resume")
+    return found
+
+
+def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: Sequence[float]) -> CreditConfig:
+    """The trainer's configuration of a recipe.
+
+    Raises:
+        ConfigError: settings that TRL refuses, or a tracker that is not installed.
+    """
+    from rltok.trainers import CreditConfig
+
+    for tracker in recipe.report.to:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"report.to: {tracker} is not installed; pip install 'rltok[{tracker}]'", "report.to")
+    try:
+        return CreditConfig(
+            **recipe.training,
+            seed=recipe.seed,
+            output_dir=str(output_dir),
+            run_name=f"{recipe.name}-seed{recipe.seed}",
+            reward_weights=list(reward_weights),
+            credit=recipe.credit,
+            objective=recipe.objective,
+            rollout=recipe.rollout,
+            report_to=list(recipe.report.to) or "none",
+            log_completions=recipe.report.completions,
+            num_completions_to_print=0,
+            disable_tqdm=True,
+        )
+    except ConfigError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"training: {error}", "training") from error
+
+
+def train(recipe: Recipe, console: Console | None = None) -> int:
+    """Run a recipe to its end; 0 if its expectations hold, 1 if one does not.
+
+    Raises:
+        ConfigError: settings that cannot work together; raised before the first rollout.
+    """
+    from rltok.data import DataConfig, load_data
+    from rltok.rewards import build_rewards
+    from rltok.config import build
+    from rltok.trainers import CreditTrainer
+
+    run = run_directory(recipe)
+    rewards = build_rewards(recipe.rewards, save_dir=run.path)
+    args = training_arguments(recipe, run.path, rewards.weights)
+    console = _console(console, args.process_index == 0)
+    _refuse_sharded_evaluation(recipe)
+    start = find_start(recipe, run)
+    args.distributed_state.wait_for_everyone()  # nobody writes before everybody has looked
+    if start.complete:
+        console.print(f"{run.path} is complete already; see {run.summary}. Start another with output_dir=DIR or seed=N")
+        return 0
+    _set_tracker_environment(recipe, run)
+    set_seed(recipe.seed)
+    splits = load_data(build(DataConfig, recipe.data, "data"), recipe.seed)
+    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
+    display = ProgressDisplay(console, recipe.report.progress)
+    metrics = MetricsFile(run)
+    trainer = CreditTrainer(
+        model=model,
+        reward_funcs=list(rewards.functions),
+        args=args,
+        train_dataset=splits.train,
+        processing_class=tokenizer,
+        peft_config=peft_config(recipe.model.lora),
+        callbacks=[metrics, TrackRecipe(recipe)],
+    )
+    display.install(trainer)
+    main = trainer.is_world_process_zero()
+    if main:
+        _write_recipe(recipe, run, console)
+    if start.checkpoint is not None:
+        console.print(f"continuing from {start.checkpoint}")
+    held_out = HeldOut(recipe, run, console, tokenizer, splits.heldout, rewards, trainer)
+    if recipe.evaluation.before and not run.evaluation("before").is_file():
+        if start.checkpoint is None:
+            held_out.evaluate("before")
+        else:
+            console.print("no evaluation_before.json: the starting policy was not evaluated and is not any more here")
+    trainer.accelerator.wait_for_everyone()
+    try:
+        trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
+    finally:
+        display.stop()
+    if recipe.evaluation.after:
+        held_out.evaluate("after")
+    checkpoint = _final_checkpoint(trainer, run)
+    status = 0
+    if main:
+        status = _finish(recipe, run, console, trainer.state.global_step, metrics.seconds, checkpoint)
+    _close_trackers(recipe)
+    trainer.accelerator.wait_for_everyone()
+    return status
+
+
+def _console(console: Console | None, is_main: bool) -> Console:
+    if not is_main:
+        return Console(quiet=True)
+    return console or Console()
+
+
+def _refuse_sharded_evaluation(recipe: Recipe) -> None:
+    """Plain `generate` needs whole weights on every rank."""
+    sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or (
+        os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+        and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
+    )
+    if sharded and recipe.evaluation.after:
+        raise ConfigError(
+            "evaluation.after: the weights are sharded over ranks (FSDP or ZeRO-3), where the trained policy cannot be "
+            "evaluated in place; set evaluation.after=false and run `rltok eval CHECKPOINT` afterwards",
+            "evaluation.after",
+        )
+
+
+# Held-out evaluation
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The held-out rows of a run and what it takes to evaluate its policy on them, on all ranks."""
+
+    recipe: Recipe
+    run: RunDirectory
+    console: Console
+    tokenizer: PreTrainedTokenizerBase
+    rows: Any
+    rewards: RewardSet
+    trainer: Any
+
+    def evaluate(self, moment: Moment) -> None:
+        """Evaluate the policy and write means and rows; every rank takes its share of the rows."""
+        accelerator = self.trainer.accelerator
+        rows = [self.rows[i] for i in range(held_out_rows(self.recipe, self.rows))]
+        rank, ranks = accelerator.process_index, accelerator.num_processes
+        mine = list(range(rank, len(rows), ranks))
+        settings = self.recipe.evaluation
+        parts = []
+        with EvaluationBar(
+            self.console, f"evaluation {moment}", len(mine) * settings.num_samples, self.recipe.report.progress
+        ) as bar:
+            if mine:
+                found = evaluate(
+                    accelerator.unwrap_model(self.trainer.model),
+                    self.tokenizer,
+                    [rows[i] for i in mine],
+                    self.rewards,
+                    **evaluation_options(self.recipe, rank),
+                    on_batch=bar,
+                )
+                local = [row | {"row": mine[row["row"]]} for row in found.rows]
+                parts = [Evaluation(found.means, local)]
+        parts = gather_object(parts) if ranks > 1 else parts
+        if accelerator.is_main_process:
+            write_evaluation(join_evaluations(parts), self.run, moment)
+
+
+def held_out_rows(recipe: Recipe, rows: Sequence[Any]) -> int:
+    """Number of held-out rows that a recipe evaluates."""
+    return len(rows) if recipe.evaluation.rows is None else min(recipe.evaluation.rows, len(rows))
+
+
+def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
+    """Keyword arguments of `evaluate` for a recipe."""
+    settings, training = recipe.evaluation, recipe.training
+    half = torch.bfloat16 if training.get("bf16") else torch.float16 if training.get("fp16") else None
+    return {
+        "max_new_tokens": settings.max_new_tokens or training.get("max_completion_length") or 512,
+        "batch_size": settings.batch_size,
+        "temperature": settings.temperature,
+        "top_p": settings.top_p,
+        "num_samples": settings.num_samples,
+        "seed": settings.seed + rank,
+        "autocast": half if recipe.model.dtype == "float32" else None,
+        "chat_template_kwargs": training.get("chat_template_kwargs"),
+    }
+
+
+def write_evaluation(evaluation: Evaluation, run: RunDirectory, moment: Moment) -> None:
+    """Rows first, means last: where the means are, the rows are whole."""
+    import pandas as pd
+
+    pd.DataFrame(evaluation.rows).to_parquet(run.evaluation_rows(moment))
+    write_json(run.evaluation(moment), {"completions": len(evaluation.rows), "means": evaluation.means})
+
+
+# Callbacks
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every logged step to `metrics.jsonl`; a continued run first drops the lines it will write again."""
+
+    def __init__(self, run: RunDirectory) -> None:
+        self.run = run
+        self.seconds = 0.0
+        """training time so far, over all continuations"""
+        self._resumed = time.monotonic()
+        self._before = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        kept = [line for line in self.run.read_metrics() if line["step"] <= state.global_step]
+        self._before = kept[-1]["seconds"] if kept else 0.0
+        self._resumed = time.monotonic()
+        if state.is_world_process_zero:
+            write_atomically(self.run.metrics, "".join(_json_line(line) for line in kept))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.seconds = self._before + time.monotonic() - self._resumed
+        if not state.is_world_process_zero or not logs or "train_runtime" in logs:
+            return
+        with self.run.metrics.open("a", encoding="utf-8") as file:
+            file.write(_json_line({"step": state.global_step, "seconds": round(self.seconds, 3), **logs}))
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.seconds = self._before + time.monotonic() - self._resumed
+
+
+class TrackRecipe(TrainerCallback):
+    """Stores the resolved recipe in the configuration of the W&B run."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if "wandb" in self.recipe.report.to and state.is_world_process_zero:
+            import wandb
+
+            wandb.config.update({"recipe": self.recipe.resolved()}, allow_val_change=True)
+
+
+def _set_tracker_environment(recipe: Recipe, run: RunDirectory) -> None:
+    """What transformers' tracker callbacks read from the environment."""
+    if "wandb" in recipe.report.to:
+        run.path.mkdir(parents=True, exist_ok=True)
+        os.environ["WANDB_MODE"] = recipe.report.mode
+        os.environ["WANDB_PROJECT"] = recipe.report.project
+        os.environ["WANDB_DIR"] = str(run.path)
+    if "tensorboard" in recipe.report.to:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
+
+
+def _close_trackers(recipe: Recipe) -> None:
+    if "wandb" in recipe.report.to:
+        import wandb
+
+        wandb.finish(quiet=True)
+
+
+# End of a run
+
+
+def _final_checkpoint(trainer: Any, run: RunDirectory) -> Path:
+    """The checkpoint of the last step; where none is saved by `training.save_strategy`, the model alone."""
+    path = run.path / f"checkpoint-{trainer.state.global_step}"
+    if not path.is_dir():
+        path = run.path / "model"
+        trainer.save_model(str(path))
+    return path
+
+
+def _finish(recipe: Recipe, run: RunDirectory, console: Console, steps: int, seconds: float, checkpoint: Path) -> int:
+    before, after = _means(run, "before"), _means(run, "after")
+    summary: dict[str, Any] = {
+        "recipe": recipe.name,
+        "seed": recipe.seed,
+        "strict_before": before.get("strict"),
+        "strict_after": after.get("strict"),
+        "lenient_before": before.get("lenient"),
+        "lenient_after": after.get("lenient"),
+        "train_seconds": round(seconds, 2),
+        "steps": steps,
+        "checkpoint": str(checkpoint),
+        "before": before,
+        "after": after,
+        "versions": versions(),
+    }
+    outcomes = check_expectations(recipe.expect, summary, run.read_metrics())
+    summary["expect"] = {outcome.expression: outcome.held for outcome in outcomes}
+    write_json(run.summary, summary)
+    _print_summary(summary, run, console, outcomes)
+    return 0 if all(outcome.held for outcome in outcomes) else 1
+
+
+def _means(run: RunDirectory, moment: Moment) -> dict[str, float]:
+    path = run.evaluation(moment)
+    return json.loads(path.read_text(encoding="utf-8"))["means"] if path.is_file() else {}
+
+
+def _print_summary(
+    summary: Mapping[str, Any], run: RunDirectory, console: Console, outcomes: Sequence[Outcome]
+) -> None:
+    table = Table(title=f"held-out accuracy of {run.path.name}")
+    for column in ("", "before", "after", "gain"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name in ("strict", "lenient"):
+        before, after = summary[f"{name}_before"], summary[f"{name}_after"]
+        gain = None if before is None or after is None else after - before
+        table.add_row(name, _percent(before), _percent(after), _percent(gain, "+"))
+    console.print(table)
+    checkpoint = summary["checkpoint"]
+    lines = {
+        "steps": f"{summary['steps']} in {summary['train_seconds']:.0f} s",
+        "checkpoint": checkpoint,
+        "metrics": run.metrics,
+        "completions": run.completions,
+        "summary": run.summary,
+        "look at them": f"rltok show {run.path}",
+        "evaluate again": f"rltok eval {checkpoint}",
+    }
+    for label, value in lines.items():
+        console.print(f"{label:<15} {value}", highlight=False, soft_wrap=True)
+    for outcome in outcomes:
+        console.print(f"expected: {outcome.expression} -> {'holds' if outcome.held else 'FAILS'}", highlight=False)
+
+
+def _percent(value: float | None, sign: str = "") -> str:
+    return "-" if value is None else f"{100 * value:{sign}.1f} %"
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    names = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "reasoning-gym", "rltok")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+# Files
+
+
+def _write_recipe(recipe: Recipe, run: RunDirectory, console: Console) -> None:
+    """Write the resolved recipe; a continued run says which settings differ from those it was started with."""
+    run.path.mkdir(parents=True, exist_ok=True)
+    resolved = recipe.resolved()
+    if run.recipe.is_file():
+        changed = differences(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), resolved | {"resume": "never"})
+        if changed:
+            console.print(f"settings that changed since the start of this run: {', '.join(changed)}")
+    write_atomically(run.recipe, _recipe_text(recipe))
+
+
+def _recipe_text(recipe: Recipe) -> str:
+    import dataclasses
+
+    return dataclasses.replace(recipe, resume="never").to_yaml()
+
+
+def differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """Key paths whose values differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
+    return [] if old == new else [path]
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a JSON file that is either whole or not there."""
+    write_atomically(path, json.dumps(_finite(values), indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside the file, then rename over it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(path.name + ".part")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def _json_line(values: Mapping[str, Any]) -> str:
+    return json.dumps(_finite(values)) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    """NaN and infinity, which JSON does not have, as null."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value if value is None or isinstance(value, str | int | bool) else float(value)

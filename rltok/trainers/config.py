@@ -1,0 +1,21 @@
+"""`CreditConfig`: TRL's GRPOConfig plus the sections of the three doors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import GRPOConfig
+
+
+@dataclass
+class CreditConfig(GRPOConfig):
+    """Every setting of TRL's `GRPOConfig`, with TRL's defaults, and one mapping per door.
+
+    Left at None, the three doors are TRL's own behaviour: group-relative credit, the loss that `loss_type` names,
+    plain sampling.
+    """
+
+    credit: dict[str, Any] | None = field(default=None, metadata={"help": "credit section, {type: ..., **options}"})
+    objective: Any = field(default=None, metadata={"help": "objective section, a mapping or a list of mappings"})
+    rollout: dict[str, Any] | None = field(default=None, metadata={"help": "rollout section"})

@@ -1,0 +1,683 @@
+"""`CreditTrainer`: TRL's GRPOTrainer with three doors, credit, objective and rollout.
+
+The trainer knows TRL, ranks and logging; the methods behind the doors know none of them. It overrides
+
+    _generate_single_turn               door 3: processors and the recorder around TRL's own generation
+    _calculate_rewards                  keeps the rewards of all ranks by function
+    _generate_and_score_completions     dynamic sampling, correction, signals, door 1
+    _compute_loss                       door 2, composed from `rltok.objective`
+    _save_checkpoint, _load_optimizer_and_scheduler    exact resume
+
+and with no door set every parameter stays bit-identical to GRPOTrainer's.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from trl import GRPOConfig, GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+
+from rltok.batch import TokenBatch
+from rltok.correction import rollout_weights
+from rltok.credit import CreditMethod, check_credit
+from rltok.entropy import LOG_FLOOR, EntropyStats, entropy_signal, entropy_stats
+from rltok.objective import (
+    HAPO,
+    Divisors,
+    LossBatch,
+    LossSettings,
+    ObjectiveTerm,
+    aggregate,
+    plan_loss,
+    reference_kl,
+    token_loss,
+)
+from rltok.objective.aggregate import CLIPPED, TOKEN_NORMALISED
+from rltok.rollout import RolloutConfig
+from rltok.sampling import DecodingContext, SampledLogps, make_processors, sampling_control
+from rltok.trainers.checkpoint import write_manifest
+from rltok.trainers.config import CreditConfig
+from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
+from rltok.trainers.doors import build_doors, check_doors
+from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
+from rltok.trainers.prompts import EpochRepeatSampler, RefillPrompts, local_share
+
+# Inputs of vision models that TRL hands from scoring to the loss.
+MULTIMODAL = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+STATS = "entropy_stats/"
+LOSS_STATS = STATS + "loss"
+
+
+class CreditTrainer(GRPOTrainer):
+    """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
+
+    Args:
+        credit: a credit method, or a section such as `{"type": "token_group_average"}`.
+        objective: an objective term, a section such as `{"type": "hapo"}`, or a list of them, applied in order.
+        rollout: `RolloutConfig`, or a section with `decoding`, `correction`, `dynamic_sampling`.
+
+    A door may be set here or in `CreditConfig`, not in both. All at None is GRPOTrainer.
+
+    Raises:
+        ConfigError: unknown names or values, or a combination whose mathematics is wrong; before anything is loaded.
+
+    Example:
+        trainer = CreditTrainer(
+            model="Qwen/Qwen2.5-0.5B-Instruct", reward_funcs=reward, train_dataset=dataset,
+            args=CreditConfig(output_dir="out", steps_per_generation=8), objective={"type": "hapo"},
+        )
+    """
+
+    _tag_names: ClassVar[list[str]] = ["trl", "grpo", "rltok"]
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: GRPOConfig | None = None,
+        *positional: Any,
+        credit: CreditMethod | Mapping[str, Any] | None = None,
+        objective: ObjectiveTerm | Mapping[str, Any] | Sequence[Any] | None = None,
+        rollout: RolloutConfig | Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        self.doors = build_doors(
+            _only_one("credit", args, credit),
+            _only_one("objective", args, objective),
+            _only_one("rollout", args, rollout),
+        )
+        if args is not None:
+            names = [_reward_name(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
+            check_doors(self.doors, args, names, kwargs.get("rollout_func") is not None)
+        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        if args is None:
+            check_doors(self.doors, self.args, self.reward_func_names, self.rollout_func is not None)
+        self.loss_settings = _loss_settings(self.args)
+        self._reducer = AccelerateReducer(self.accelerator)
+        self._gather = RaggedGather(self.accelerator)
+        self._sampler_stats: EntropyStats | None = None
+        self._refill: RefillPrompts | None = None
+        if self.doors.rollout.dynamic_sampling is not None:
+            if not hasattr(self.train_dataset, "__getitem__"):
+                raise ValueError(
+                    "rollout.dynamic_sampling draws replacement prompts by index, which an iterable train_dataset "
+                    "does not allow. Pass a Dataset, or unset rollout.dynamic_sampling."
+                )
+            self._refill = RefillPrompts(len(self.train_dataset), self.args.seed)
+        self._scored: list[tuple[Tensor, Tensor | None]] | None = None
+        self._rewards_per_func: Tensor | None = None
+        self._credit_cells: list[list[float]] = []
+        self._credit_used: dict[int, list[float]] = {}
+
+    # ------------------------------------------------------------------ prompts
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        return EpochRepeatSampler.like(super()._get_train_sampler(dataset))
+
+    # ------------------------------------------------------------------ door 3: rollout
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        rollout = self.doors.rollout
+        if not self.model.training or self.use_vllm or not (rollout.records_logps or rollout.modifies_sampler):
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        context = DecodingContext(self.temperature, self._sampler_stats, self._tokenizer)
+        processors = make_processors(rollout.decoding, context)
+        recorder = SampledLogps() if rollout.records_logps else None
+        with sampling_control(self.accelerator.unwrap_model(self.model), processors, recorder):
+            completion_ids, logps, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        lengths = [len(ids) for ids in completion_ids]
+        for processor in processors:
+            for name, value in processor.metrics(lengths).items():
+                self._metrics["train"][f"rollout/{name}"].append(value)
+        if recorder is not None:
+            logps = recorder.finish(completion_ids)
+        return completion_ids, logps, *rest
+
+    # ------------------------------------------------------------------ scoring
+
+    def _calculate_rewards(self, *args: Any, **kwargs: Any) -> Tensor:
+        self._rewards_per_func = super()._calculate_rewards(*args, **kwargs)
+        return self._rewards_per_func
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        # While a batch is scored, the old policy's entropies come with the log-probabilities TRL computes anyway.
+        capturing = self._scored is not None and model is self.model
+        if capturing:
+            kwargs["compute_entropy"] = True
+        output = super()._get_per_token_logps_and_entropies(model, *args, **kwargs)
+        if capturing:
+            assert self._scored is not None
+            self._scored.append((output[0], output[1]))
+        return output
+
+    def _score_once(self, inputs: Any) -> dict[str, Any]:
+        """TRL's generation and scoring, plus this rank's rewards by function and whatever signals are needed."""
+        needs = self.doors.needs
+        corrects = self.doors.rollout.resolved_correction.mode != "off"
+        wants_scores = corrects or bool(needs & {"entropy", "entropy_stats", "old_logps"})
+        self._scored = [] if wants_scores else None
+        try:
+            output = super()._generate_and_score_completions(inputs)
+            scored = self._scored
+        finally:
+            self._scored = None
+        rows = output["completion_ids"].size(0)
+        assert self._rewards_per_func is not None
+        first = self.accelerator.process_index * rows
+        output["rewards_per_func"] = self._rewards_per_func[first : first + rows]
+        if wants_scores:
+            # TRL scores the old policy first, and only when updates and generations are not aligned.
+            if "old_per_token_logps" in output and scored:
+                logps, entropy = scored[0]
+            else:
+                logps, entropy = self._score_old_policy(output)
+            output["scored_logps"], output["scored_entropy"] = logps, entropy
+        return output
+
+    def _score_old_policy(self, output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        training = self.model.training
+        batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logps, entropy, *_ = self._get_per_token_logps_and_entropies(
+                self.model, *_sequence(output), batch_size=batch_size, compute_entropy=True, **_multimodal(output)
+            )
+        return logps, entropy
+
+    def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        mode = "train" if self.model.training else "eval"
+        if mode == "train" and self._refill is not None:
+            output = self._sample_until_full(inputs)
+        else:
+            output = self._score_once(inputs)
+        rewards_per_func = output.pop("rewards_per_func")
+        scored_logps = output.pop("scored_logps", None)
+        entropy = output.pop("scored_entropy", None)
+        if scored_logps is not None and self.doors.rollout.resolved_correction.mode != "off":
+            self._correct(output, scored_logps, mode)
+        mask = _loss_mask(output)
+        stats = self._entropy_statistics(output, entropy, mask, mode)
+        batch = self._token_batch(output, mask, rewards_per_func, scored_logps, entropy, stats)
+        credit = self.doors.credit(batch)
+        check_credit(credit, batch, type(self.doors.credit).__name__)
+        if self.log_completions and mode == "train" and self._refill is not None:
+            self._replace_logged_rows(output, batch)
+        output["advantages"] = credit
+        self._log_credit(output, credit, mask, mode)
+        return output
+
+    def _token_batch(
+        self,
+        output: Mapping[str, Any],
+        mask: Tensor,
+        rewards_per_func: Tensor,
+        logps: Tensor | None,
+        entropy: Tensor | None,
+        stats: EntropyStats | None,
+    ) -> TokenBatch:
+        parts = gather_rows(self.accelerator, rewards_per_func)
+        rewards = (parts * self.reward_weights.to(parts.device)).nansum(1)
+        rewards[parts.isnan().all(1)] = torch.nan
+        return TokenBatch(
+            advantages=output["advantages"],
+            mask=mask.to(output["advantages"].dtype),
+            ids=output["completion_ids"],
+            all_rewards=rewards,
+            all_lengths=gather_rows(self.accelerator, mask.sum(1)),
+            group_size=self.num_generations if self.model.training else self.num_generations_eval,
+            offset=self.accelerator.process_index * mask.size(0),
+            reward_parts={name: parts[:, i] for i, name in enumerate(self.reward_func_names)},
+            old_logps=logps,
+            entropy=entropy,
+            entropy_stats=stats,
+        )
+
+    def _entropy_statistics(
+        self, output: dict[str, Any], entropy: Tensor | None, mask: Tensor, mode: str
+    ) -> EntropyStats | None:
+        """Statistics for the loss go into `output`, those for the next rollout into the trainer."""
+        if entropy is None or "entropy_stats" not in self.doors.needs:
+            return None
+        term = next((t for t in self.doors.objective if isinstance(t, HAPO)), None)
+        rho, floor = (0.8, LOG_FLOOR) if term is None else (term.rho, term.floor)
+        stats = entropy_stats(entropy, mask, rho, floor, self._gather)
+        if stats is not None:
+            output |= {f"{LOSS_STATS}/{name}": value for name, value in stats._asdict().items()}
+        if mode == "train":
+            for module in self.doors.rollout.decoding:
+                if "entropy_stats" in module.needs:
+                    same = (module.rho, module.floor) == (rho, floor)
+                    latest = stats if same else entropy_stats(entropy, mask, module.rho, module.floor, self._gather)
+                    self._sampler_stats = self._sampler_stats if latest is None else latest
+        if stats is not None:
+            h = self._gather(entropy_signal(entropy, stats, mask, floor=floor)[mask.bool()])
+            for share in (10, 50, 90):
+                value = h.kthvalue(max(1, round(share / 100 * h.numel()))).values.item()
+                self._metrics[mode][f"entropy_signal/p{share}"].append(value)
+        return stats
+
+    def _correct(self, output: dict[str, Any], logps: Tensor, mode: str) -> None:
+        """Weight learner over sampler into `output`; rejected tokens leave the loss mask and its count."""
+        if "sampling_per_token_logps" not in output:  # evaluation samples plainly and records nothing
+            return
+        mask = _loss_mask(output)
+        config = self.doors.rollout.resolved_correction
+        weights = rollout_weights(logps, output["sampling_per_token_logps"], mask, config, self._reducer)
+        output["importance_sampling_ratio"] = weights.weight.to(logps.dtype)
+        if not torch.equal(weights.loss_mask, mask):
+            output["tool_mask"] = output.get("tool_mask", torch.ones_like(mask)) * weights.loss_mask
+        output["num_items_in_batch"] = self.accelerator.gather(_loss_mask(output).sum()).sum()
+        values = {name: float(value) for name, value in weights.metrics.items()}
+        for name, value in values.items():
+            self._metrics[mode][f"correction/{name}"].append(value)
+        if values["ess"] < config.min_ess and self.accelerator.is_main_process:
+            print(
+                f"warning: the effective sample size of the rollout is {values['ess']:.3f} of the sample, below "
+                f"rollout.correction.min_ess={config.min_ess}. Weaken the decoding (rollout.decoding) or lower "
+                f"rollout.correction.clip_max={config.clip_max}."
+            )
+
+    # ------------------------------------------------------------------ dynamic sampling
+
+    def _sample_until_full(self, inputs: list[Any]) -> dict[str, Any]:
+        dynamic, refill = self.doors.rollout.dynamic_sampling, self._refill
+        assert dynamic is not None and refill is not None
+        column = self.reward_func_names.index(dynamic.metric)
+        accelerator, size = self.accelerator, self.num_generations
+        pad_id = self._tokenizer.pad_token_id
+        wanted = len(inputs) * accelerator.num_processes // size
+        kept_parts, dropped_parts, kept, seen, rounds = [], [], 0, 0, 0
+        while True:
+            rounds += 1
+            output = self._score_once(inputs)
+            if any(key in output for key in MULTIMODAL):
+                raise ValueError("rollout.dynamic_sampling does not support images; unset it")
+            rows = {name: value for name, value in output.items() if name != "num_items_in_batch"}
+            rows = gather_batch(accelerator, rows, pad_id)
+            mixed = mixed_groups(rows["rewards_per_func"][:, column], size)
+            kept_parts.append(select_groups(rows, mixed, size))
+            dropped_parts.append(select_groups(rows, ~mixed, size))
+            kept, seen = kept + int(mixed.sum()), seen + mixed.numel()
+            if kept >= wanted:
+                break
+            if 0 < dynamic.max_rounds <= rounds:
+                if dynamic.on_limit == "keep":
+                    kept_parts += dropped_parts
+                    break
+                raise RuntimeError(
+                    f"rollout.dynamic_sampling: after max_rounds={dynamic.max_rounds} rounds only {kept} of {wanted} "
+                    f"groups vary in {dynamic.metric!r}. Raise max_rounds, use on_limit='keep', or choose problems "
+                    "that are neither solved nor hopeless."
+                )
+            groups = wanted - kept
+            while groups * size % accelerator.num_processes:
+                groups += 1
+            prompts = [index for index in refill.take(groups) for _ in range(size)]
+            share = local_share(prompts, accelerator.process_index, accelerator.num_processes)
+            inputs = [dict(self.train_dataset[index]) for index in share]
+        merged = concatenate(kept_parts, pad_id)
+        local = wanted * size // accelerator.num_processes
+        first = accelerator.process_index * local
+        result: dict[str, Any] = {name: value[first : first + local] for name, value in merged.items()}
+        result["num_items_in_batch"] = accelerator.gather(_loss_mask(result).sum()).sum()
+        self._metrics["train"]["dynamic_sampling/rounds"].append(rounds)
+        self._metrics["train"]["dynamic_sampling/kept_share"].append(kept / seen)
+        return result
+
+    # ------------------------------------------------------------------ door 2: objective
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        mode = "train" if self.model.training else "eval"
+        mask = _loss_mask(inputs)
+        logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
+            model,
+            *_sequence(inputs),
+            compute_entropy=True,
+            compute_aux_loss=self.aux_loss_enabled,
+            **_multimodal(inputs),
+        )
+        selected = None
+        if self.top_entropy_quantile < 1.0:
+            selected = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
+        batch = LossBatch(
+            logps=logps,
+            old_logps=inputs.get("old_per_token_logps", logps.detach()),
+            mask=mask,
+            entropy=entropy.detach(),
+            entropy_stats=_stats_from(inputs),
+            gather=self._gather,
+            seed=(self.args.seed * 1_000_003 + self._step) * 1009 + self.accelerator.process_index,
+        )
+        advantages = inputs["advantages"]
+        plan = plan_loss(
+            batch,
+            advantages if advantages.dim() > 1 else advantages.unsqueeze(1),
+            self.loss_settings,
+            self.doors.objective,
+        )
+        losses, values = token_loss(batch, plan, self.loss_settings, self._sampler_weight(inputs))
+        if self.off_policy_mask_threshold is not None:
+            losses = losses * self.get_off_policy_mask(
+                advantages=plan.advantages,
+                per_token_logps=logps,
+                sampling_per_token_logps=inputs.get("sampling_per_token_logps", batch.old_logps),
+                mask=mask,
+                off_policy_threshold=self.off_policy_mask_threshold,
+            )
+        if selected is not None:
+            losses = losses * selected
+        if self.beta != 0.0:
+            kl = reference_kl(logps, inputs["ref_per_token_logps"])
+            if self.args.use_bias_correction_kl:
+                kl = kl * torch.exp(plan.log_weight)
+            losses = losses + self.beta * kl
+            values["kl"] = kl.detach()
+        loss = aggregate(losses, mask, self.loss_type, self._divisors(inputs, mode))
+        loss = self._add_entropy_bonus(loss, entropy, mask if selected is None else mask * selected, mode)
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation(mode)
+            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+        values |= plan.metrics
+        values["entropy"] = entropy.detach()
+        values["ratio"] = torch.exp(plan.log_weight.detach())
+        self._log_token_means(values, mask, mode)
+        if mode == "train" and self.log_completions and "row" in inputs:
+            self._remember_credit(inputs["row"], plan.advantages.expand_as(logps), mask)
+        return loss
+
+    def _sampler_weight(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        ours = self.doors.rollout.resolved_correction.mode != "off"
+        trls = self.use_vllm and self.vllm_importance_sampling_correction
+        return inputs.get("importance_sampling_ratio") if ours or trls else None
+
+    def _accumulation(self, mode: str) -> float:
+        return float(self.current_gradient_accumulation_steps) if mode == "train" else 1.0
+
+    def _divisors(self, inputs: Mapping[str, Any], mode: str) -> Divisors:
+        # The token count spans the generation batch; one accumulation window holds its share of it.
+        tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
+        if mode == "train":
+            tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
+        return Divisors(self._accumulation(mode), tokens, self.max_completion_length)
+
+    def _add_entropy_bonus(self, loss: Tensor, entropy: Tensor, mask: Tensor, mode: str) -> Tensor:
+        """loss - coef * mean entropy, with TRL's fixed or adaptive coefficient; off by default."""
+        if not self._entropy_bonus_enabled:
+            return loss
+        scale = 1.0 if self.loss_type in TOKEN_NORMALISED else self._accumulation(mode)
+        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss.detach() * scale).nanmean().item())
+        adaptive = self.use_adaptive_entropy
+        active = not adaptive or self._last_world_entropy <= self.args.entropy_target
+        total, count = (entropy * mask).sum(), mask.sum()
+        loss = loss - (self.entropy_coef if active else 0.0) * total / count.clamp(min=1.0) / self._accumulation(mode)
+        if mode == "train" and adaptive:
+            window = torch.stack([total.detach(), count.to(total.dtype)])
+            window = window if self._entropy_window_stats is None else self._entropy_window_stats + window
+            self._entropy_window_stats = window
+            if self.accelerator.sync_gradients:
+                total, count = self._reducer.sum(window)
+                self._last_world_entropy = (total / count.clamp(min=1.0)).item()
+                falling = self._last_world_entropy <= self.args.entropy_target
+                step = self.args.entropy_coef_delta if falling else -self.args.entropy_coef_delta
+                low, high = self.args.entropy_coef_min, self.args.entropy_coef_max
+                # each direction meets its own bound only, as a start outside the range must drift back
+                moved = self.entropy_coef + step
+                self.entropy_coef = min(moved, high) if falling else max(moved, low)
+                self._entropy_window_stats = None
+        if mode == "train" and self.accelerator.sync_gradients:
+            self._metrics[mode]["entropy_coef"].append(self.entropy_coef)
+        return loss
+
+    # ------------------------------------------------------------------ logging
+
+    def _log_token_means(self, values: Mapping[str, Tensor], mask: Tensor, mode: str) -> None:
+        """Mean over masked tokens (or completions, for (B, 1) values) of all ranks, in one reduction."""
+        rows = torch.tensor(float(mask.size(0)), device=mask.device)
+        pairs = []
+        for value in values.values():
+            per_row = value.size(1) == 1 and mask.size(1) != 1
+            pairs.append(torch.stack([value.sum(), rows] if per_row else [(value * mask).sum(), mask.sum().float()]))
+        totals = self._reducer.sum(torch.cat(pairs)).view(-1, 2)
+        means = (totals[:, 0] / totals[:, 1].clamp(min=1.0)).tolist()
+        for name, mean in zip(values, means, strict=True):
+            self._metrics[mode][name].append(mean)
+        if self.loss_type in CLIPPED:
+            low, high = (_row_means(values[f"clip_ratio/{side}_mean"], mask) for side in ("low", "high"))
+            low_min, high_max = self._reducer.max(torch.stack([(-low).amax(), high.amax()])).tolist()
+            self._metrics[mode]["clip_ratio/low_min"].append(-low_min)
+            self._metrics[mode]["clip_ratio/high_max"].append(high_max)
+
+    def _log_credit(self, output: dict[str, Any], credit: Tensor, mask: Tensor, mode: str) -> None:
+        """Numbers that show where the credit went, and the completions table's column of it."""
+        values = self._gather(credit.abs()[mask.bool()])
+        if values.numel():
+            top = values.topk(max(1, round(0.2 * values.numel()))).values.sum()
+            total = values.sum()
+            self._metrics[mode]["credit/abs_mean"].append(values.mean().item())
+            self._metrics[mode]["credit/nonzero_share"].append((values > 0).float().mean().item())
+            self._metrics[mode]["credit/top20_share"].append((top / total).item() if total > 0 else 0.0)
+        if not self.log_completions:
+            return
+        if mode == "train":
+            output["row"] = torch.arange(credit.size(0), device=credit.device)
+            self._credit_used = {}
+        cells = gather_object(_rows_of(credit, mask))
+        self._logs["extra"]["credit"].extend(cells)
+        if mode == "train":
+            self._credit_cells = cells
+
+    def _replace_logged_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
+        """After dynamic sampling the table shows the rows that are trained, not the candidates."""
+
+        def texts(ids: str, mask: str) -> list[str]:
+            rows = [i[m.bool()] for i, m in zip(output[ids], output[mask], strict=True)]
+            return gather_object(self.processing_class.batch_decode(rows, skip_special_tokens=True))
+
+        columns = {
+            "prompt": texts("prompt_ids", "prompt_mask"),
+            "completion": texts("completion_ids", "completion_mask"),
+            "advantages": gather_rows(self.accelerator, batch.advantages).tolist(),
+        }
+        for name, column in columns.items():
+            self._logs[name].clear()
+            self._logs[name].extend(column)
+        for name, part in batch.reward_parts.items():
+            self._logs["rewards"][name].clear()
+            self._logs["rewards"][name].extend(part.tolist())
+        self._logs["extra"].clear()  # columns that rewards logged belong to the candidates
+
+    def _remember_credit(self, rows: Tensor, advantages: Tensor, mask: Tensor) -> None:
+        for row, values in zip(rows.tolist(), _rows_of(advantages, mask), strict=True):
+            self._credit_used[row] = values
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """TRL's log; the table's `credit` column first takes what the loss has used by now."""
+        if self.log_completions and self.model.training and self._credit_cells:
+            ranks = gather_object([self._credit_used])
+            share = len(self._credit_cells) // len(ranks)
+            for rank, used in enumerate(ranks):
+                for row, values in used.items():
+                    self._credit_cells[rank * share + row][:] = values
+        super().log(logs, *args, **kwargs)
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        run_dir = Path(self._get_output_dir(trial=trial))
+        folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        if self.args.should_save and folder.exists():
+            shutil.rmtree(folder)  # left over from a run that was killed after this step
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if not self.args.save_only_model:
+            torch.save(self._resume_state(), folder / _state_file(self.accelerator.process_index))
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            write_manifest(folder)
+            rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.accelerator.wait_for_everyone()
+
+    def _shape_of_run(self) -> dict[str, int]:
+        args = self.args
+        return {
+            "processes": self.accelerator.num_processes,
+            "training.per_device_train_batch_size": args.per_device_train_batch_size,
+            "training.gradient_accumulation_steps": args.gradient_accumulation_steps,
+            "training.steps_per_generation": args.steps_per_generation,
+            "training.num_generations": self.num_generations,
+            "training.num_iterations": self.num_iterations,
+        }
+
+    def _resume_state(self) -> dict[str, Any]:
+        """What transformers' checkpoint leaves out and an exact continuation needs."""
+        stats = self._sampler_stats
+        return {
+            "shape": self._shape_of_run(),
+            "step": self._step,
+            "buffer": self._buffered_inputs,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "sampler_stats": None if stats is None else list(stats),
+            "refill": None if self._refill is None else self._refill.state,
+            "tables": {
+                "prompt": list(self._logs["prompt"]),
+                "completion": list(self._logs["completion"]),
+                "advantages": list(self._logs["advantages"]),
+                "rewards": {name: list(column) for name, column in self._logs["rewards"].items()},
+                "extra": {name: list(column) for name, column in self._logs["extra"].items()},
+            },
+            "credit_cells": self._logged_credit_span(),
+            "credit_used": self._credit_used,
+            "last_entropy_window": self._entropy_window_stats,
+        }
+
+    def _logged_credit_span(self) -> tuple[int, int]:
+        """Where the cells of the current generation batch lie in the table's credit column: (first, count)."""
+        if not self._credit_cells:
+            return 0, 0
+        column = self._logs["extra"]["credit"]
+        first = next((i for i, cell in enumerate(column) if cell is self._credit_cells[0]), None)
+        return (0, 0) if first is None else (first, len(self._credit_cells))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        path = Path(checkpoint) / _state_file(self.accelerator.process_index)
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path.name} is missing in {checkpoint}: it was not written by CreditTrainer with the same number of "
+                "processes, so the run cannot continue exactly. Start a new run from its weights (model.path)."
+            )
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        saved, now = state["shape"], self._shape_of_run()
+        for name, value in saved.items():
+            if now[name] != value:
+                raise ValueError(f"{name}={now[name]} but the checkpoint {checkpoint} was written with {value}")
+        self._step, self._buffered_inputs = state["step"], state["buffer"]
+        self._metrics["train"] = defaultdict(list, state["metrics"])
+        stats = state["sampler_stats"]
+        self._sampler_stats = None if stats is None else EntropyStats(*stats)
+        if self._refill is not None:
+            self._refill.state = state["refill"]
+        tables = state["tables"]
+        for name in ("prompt", "completion", "advantages"):
+            self._logs[name].extend(tables[name])
+        for name in ("rewards", "extra"):
+            for column, values in tables[name].items():
+                self._logs[name][column] = deque(values, maxlen=self._logs["prompt"].maxlen)
+        first, count = state["credit_cells"]
+        self._credit_cells = list(tables["extra"].get("credit", []))[first : first + count]
+        self._credit_used = state["credit_used"]
+        self._entropy_window_stats = state["last_entropy_window"]
+
+
+def _only_one(name: str, args: GRPOConfig | None, given: Any) -> Any:
+    """A door's setting from the constructor or from CreditConfig; both is an error."""
+    section = getattr(args, name) if isinstance(args, CreditConfig) else None
+    if section is not None and given is not None:
+        raise ValueError(f"{name} is set both in CreditConfig and in CreditTrainer({name}=...); keep one")
+    return given if section is None else section
+
+
+def _row_means(values: Tensor, mask: Tensor) -> Tensor:
+    """(B,) mean over each row's masked tokens; (B, 1) values are their own mean."""
+    return values[:, 0] if values.size(1) == 1 else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+
+
+def _state_file(rank: int) -> str:
+    return f"rltok_state_{rank}.pt"
+
+
+def _reward_name(function: Any) -> str:
+    """The name TRL will give a reward function."""
+    if isinstance(function, str):
+        return function.split("/")[-1]
+    if isinstance(function, torch.nn.Module):
+        config = getattr(function, "config", None)
+        return str(getattr(config, "_name_or_path", type(function).__name__)).split("/")[-1]
+    return getattr(function, "__name__", type(function).__name__)
+
+
+def _loss_settings(args: GRPOConfig) -> LossSettings:
+    return LossSettings(
+        loss_type=args.loss_type,
+        ratio_level=args.importance_sampling_level,
+        epsilon_low=args.epsilon,
+        epsilon_high=args.epsilon if args.epsilon_high is None else args.epsilon_high,
+        delta=args.delta,
+        sapo_tau=(args.sapo_temperature_pos, args.sapo_temperature_neg),
+        vespo_k=(args.vespo_k_pos, args.vespo_k_neg),
+        vespo_lambda=(args.vespo_lambda_pos, args.vespo_lambda_neg),
+    )
+
+
+def _sequence(inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Token ids, attention mask, and how many of the last positions are completion."""
+    ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], dim=1)
+    attention = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
+    return ids, attention, inputs["completion_ids"].size(1)
+
+
+def _multimodal(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: inputs[name] for name in MULTIMODAL if inputs.get(name) is not None}
+
+
+def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:
+    mask = inputs["completion_mask"]
+    return mask if "tool_mask" not in inputs else mask * inputs["tool_mask"]
+
+
+def _stats_from(inputs: Mapping[str, Any]) -> EntropyStats | None:
+    if f"{LOSS_STATS}/pivot" not in inputs:
+        return None
+    return EntropyStats(*(inputs[f"{LOSS_STATS}/{name}"] for name in EntropyStats._fields))
+
+
+def _rows_of(values: Tensor, mask: Tensor) -> list[list[float]]:
+    """One list per row, up to the last token that counts, rounded for the table."""
+    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
+    rows = values.detach().float().cpu().tolist()
+    return [[round(v, 5) for v in row[:n]] for row, n in zip(rows, lengths, strict=True)]

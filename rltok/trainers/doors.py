@@ -1,0 +1,214 @@
+"""The three doors of a run: from recipe sections or objects to instances, and what must not be combined."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trl import GRPOConfig
+
+from rltok.config import ConfigError, build_typed
+from rltok.credit import CREDIT, CreditMethod, GroupCredit, TokenGroupAverage
+from rltok.objective import HAPO, OBJECTIVE, ClipCov, GSPOToken, KLCov, ObjectiveTerm
+from rltok.objective.aggregate import CLIPPED
+from rltok.rollout import RolloutConfig, build_rollout, refuse_restricted_sampling
+
+
+@dataclass(frozen=True)
+class Doors:
+    """What a run does differently from TRL."""
+
+    credit: CreditMethod
+    objective: tuple[ObjectiveTerm, ...]
+    rollout: RolloutConfig
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Signals of the generation batch that some part reads: `entropy`, `entropy_stats`, `old_logps`."""
+        return self.rollout.needs.union(self.credit.needs, *(term.needs for term in self.objective))
+
+
+def build_doors(
+    credit: CreditMethod | Mapping[str, Any] | None,
+    objective: ObjectiveTerm | Mapping[str, Any] | Sequence[ObjectiveTerm | Mapping[str, Any]] | None,
+    rollout: RolloutConfig | Mapping[str, Any] | None,
+) -> Doors:
+    """Instances from objects or recipe sections.
+
+    Raises:
+        ConfigError: unknown type, key or value; names key path and nearest valid name.
+    """
+    method = build_typed(CREDIT, credit, "credit") if isinstance(credit, Mapping) else credit
+    entries: Sequence[Any] = objective if isinstance(objective, list | tuple) else [objective]
+    terms = tuple(
+        build_typed(OBJECTIVE, entry, "objective" if len(entries) == 1 else f"objective[{i}]")
+        if isinstance(entry, Mapping)
+        else entry
+        for i, entry in enumerate(entries)
+        if entry is not None
+    )
+    return Doors(method if method is not None else GroupCredit(), terms, build_rollout(rollout))
+
+
+def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has_rollout_func: bool = False) -> None:
+    """Refuse combinations whose mathematics is wrong; warn of one that only does nothing.
+
+    Raises:
+        ConfigError: names both settings and what to change.
+    """
+    _check_credit(doors, args)
+    _check_ratio_level(doors, args)
+    _check_clipping(doors, args)
+    _check_sampler(doors, args, has_rollout_func)
+    _check_correction(doors, args)
+    _check_dynamic_sampling(doors, args, reward_names)
+    updates = (args.steps_per_generation or 1) * args.num_iterations / args.gradient_accumulation_steps
+    if updates <= 1 and any(isinstance(t, HAPO) and t.alpha + t.beta > 0 for t in doors.objective):
+        warnings.warn(
+            "objective.type=hapo with one update per rollout: every ratio is 1, so the adaptive clip range does "
+            "nothing and redistribution only shrinks low-entropy tokens. Set training.steps_per_generation to "
+            "several times training.gradient_accumulation_steps.",
+            stacklevel=3,
+        )
+
+
+def _check_credit(doors: Doors, args: GRPOConfig) -> None:
+    if not isinstance(doors.credit, TokenGroupAverage):
+        return
+    for name, neutral in (("scale_rewards", "group"), ("multi_objective_aggregation", "sum_then_normalize")):
+        value = getattr(args, name)
+        if value != neutral:
+            raise ConfigError(
+                f"credit.type=token_group_average normalises by itself and would ignore training.{name}={value!r}. "
+                f"Set it to {neutral!r} (credit.scale=false only centres)."
+            )
+
+
+def _check_ratio_level(doors: Doors, args: GRPOConfig) -> None:
+    level = args.importance_sampling_level
+    if level not in ("token", "sequence"):
+        raise ConfigError(f"training.importance_sampling_level={level!r}: allowed are 'token', 'sequence'")
+    if level == "token":
+        return
+    if doors.credit.per_token:
+        raise ConfigError(
+            f"credit.type={type(doors.credit).__name__} gives every token its own credit, but "
+            "training.importance_sampling_level='sequence' has one ratio per completion, whose gradient all but "
+            "ignores it. Use 'token', or objective.type=gspo_token."
+        )
+    for term in doors.objective:
+        if isinstance(term, HAPO | GSPOToken | ClipCov | KLCov):
+            raise ConfigError(
+                f"objective.type={type(term).__name__} works on token ratios, but "
+                "training.importance_sampling_level='sequence'. Set it to 'token'."
+            )
+
+
+def _check_clipping(doors: Doors, args: GRPOConfig) -> None:
+    epsilon_high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+    for term in doors.objective:
+        name = f"objective.type={type(term).__name__}"
+        if isinstance(term, HAPO):
+            if term.alpha > 0 and args.loss_type not in CLIPPED:
+                raise ConfigError(
+                    f"{name} with objective.alpha={term.alpha} widens a clip range that training.loss_type="
+                    f"{args.loss_type!r} does not have. Use one of {', '.join(CLIPPED)}, or objective.alpha=0."
+                )
+            try:
+                term.check_widths(args.epsilon, args.delta, epsilon_high)
+            except ValueError as error:
+                raise ConfigError(str(error)) from None
+        if isinstance(term, ClipCov | KLCov) and args.loss_type not in CLIPPED:
+            raise ConfigError(
+                f"{name} replaces ratio clipping, which training.loss_type={args.loss_type!r} does not do. "
+                f"Use one of {', '.join(CLIPPED)}."
+            )
+    if args.loss_type == "cispo" and args.epsilon_high is None:
+        raise ConfigError(
+            "training.loss_type='cispo' reads training.epsilon_high as the upper bound of the ratio itself, not as "
+            "1 + epsilon. Set it, for example to 5.0."
+        )
+
+
+def _check_sampler(doors: Doors, args: GRPOConfig, has_rollout_func: bool) -> None:
+    rollout = doors.rollout
+    try:
+        refuse_restricted_sampling(
+            rollout,
+            top_p=args.top_p,
+            top_k=args.top_k,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+        )
+    except ValueError as error:
+        raise ConfigError(f"training: {error}", "training") from None
+    if not (rollout.records_logps or rollout.modifies_sampler):
+        return
+    reason = "rollout.decoding" if rollout.modifies_sampler else "recording log-probabilities (rollout.record_logps)"
+    if args.use_transformers_continuous_batching:
+        raise ConfigError(
+            f"{reason} needs the processors of plain generate, which training.use_transformers_continuous_batching="
+            "true does not run. Set it to false."
+        )
+    if has_rollout_func:
+        raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
+    if args.use_vllm and rollout.modifies_sampler:
+        raise ConfigError(
+            "rollout.decoding runs on transformers' generate only, but training.use_vllm=true. Set it to false."
+        )
+    generation = args.generation_kwargs if isinstance(args.generation_kwargs, Mapping) else {}
+    if not args.use_vllm and (generation.get("num_beams", 1) > 1 or generation.get("do_sample") is False):
+        raise ConfigError(
+            f"{reason} follows the distribution a token was drawn from; training.generation_kwargs={dict(generation)} "
+            "does not draw. Remove num_beams and do_sample."
+        )
+
+
+def _check_correction(doors: Doors, args: GRPOConfig) -> None:
+    correction = doors.rollout.resolved_correction
+    if correction.mode == "off":
+        return
+    if args.loss_type == "vespo" and correction.level != "token":
+        raise ConfigError(
+            f"rollout.correction.level={correction.level!r} with training.loss_type='vespo': VESPO multiplies token "
+            "weights into its own. Use level 'token'."
+        )
+    if isinstance(args.generation_kwargs, Mapping) and args.generation_kwargs.get("logprobs"):
+        raise ConfigError(
+            f"training.generation_kwargs.logprobs={args.generation_kwargs['logprobs']} returns the most likely "
+            "token's log-probability in place of the sampled one's. Remove it."
+        )
+    if doors.rollout.modifies_sampler and correction.level == "sequence":
+        warnings.warn(
+            "rollout.correction.level='sequence' with rollout.decoding: the product of token ratios over a whole "
+            "completion has a very large variance; level 'token' is the recommended one.",
+            stacklevel=4,
+        )
+
+
+def _check_dynamic_sampling(doors: Doors, args: GRPOConfig, reward_names: Sequence[str]) -> None:
+    dynamic = doors.rollout.dynamic_sampling
+    if dynamic is None:
+        return
+    if dynamic.metric not in reward_names:
+        raise ConfigError(
+            f"rollout.dynamic_sampling.metric={dynamic.metric!r} is not a reward of this run; "
+            f"allowed: {', '.join(reward_names)}. It must be correctness, not the shaped sum."
+        )
+    if args.scale_rewards == "batch" or args.multi_objective_aggregation != "sum_then_normalize":
+        setting = (
+            "training.scale_rewards='batch'"
+            if args.scale_rewards == "batch"
+            else f"training.multi_objective_aggregation={args.multi_objective_aggregation!r}"
+        )
+        raise ConfigError(
+            f"rollout.dynamic_sampling replaces groups after {setting} has normalised over the whole batch. "
+            "Use scale_rewards='group' or 'none' with 'sum_then_normalize'."
+        )
+    if args.use_vllm and args.vllm_mode == "server":
+        raise ConfigError(
+            "rollout.dynamic_sampling generates batches of varying size, which training.vllm_mode='server' "
+            "does not split over ranks. Use 'colocate' or training.use_vllm=false."
+        )

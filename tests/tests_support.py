@@ -1,0 +1,59 @@
+"""Builders shared by the tests and by the scripts that tests start as processes of their own."""
+
+from __future__ import annotations
+
+import torch
+from datasets import Dataset
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+CHARACTERS = "0123456789+-=*/ abcdefghijklmnopqrstuvwxyz<>?.,:\n"
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(CHARACTERS)}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", padding_side="left"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
+    )
+    return tokenizer
+
+
+def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: object) -> Qwen3ForCausalLM:
+    """Two layers, about 20 thousand parameters, random."""
+    torch.manual_seed(seed)
+    settings: dict[str, object] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    return Qwen3ForCausalLM(Qwen3Config(**(settings | changes)))
+
+
+def digit_dataset(rows: int = 32) -> Dataset:
+    """Prompts of different lengths."""
+    return Dataset.from_list([{"prompt": f"{i * 37 % 1000}+{i}=", "answer": str(i)} for i in range(rows)])
+
+
+def even_reward(completions: list[str], **_: object) -> list[float]:
+    """A reward that varies: share of even digits, plus a little for short completions."""
+    return [sum(c in "02468" for c in text) / (1 + len(text)) + 0.01 * (len(text) % 3) for text in completions]
+
+
+def even_length(completions: list[str], **_: object) -> list[float]:
+    """0 or 1."""
+    return [float(sum(c in "02468aeiou" for c in text) % 2) for text in completions]
