@@ -13,8 +13,9 @@ Left out: running statistics over several batches; the paper uses one batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ LOG_FLOOR = 1e-8
 """Smallest entropy (nats) that is told apart from zero; shared by the loss and the sampler."""
 
 
-class EntropyStats(NamedTuple):
+@dataclass(frozen=True)
+class EntropyStats:
     """Statistics of log-entropy over a set of tokens: 0-d tensors on the device of the entropies."""
 
     pivot: Tensor
@@ -39,6 +41,9 @@ class EntropyStats(NamedTuple):
     """standard deviation of log H about its mean (Eq. 5); it cancels in h, only the z-score temperature uses it"""
     count: Tensor
     """number of tokens"""
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter((self.pivot, self.low, self.high, self.sigma, self.count))
 
 
 def log_entropy(entropy: Tensor, floor: float = LOG_FLOOR) -> Tensor:
@@ -89,7 +94,7 @@ def signal_from_log(log_h: Tensor, stats: EntropyStats, sign: Sign = "signed") -
     """h of a log-entropy tensor of any shape, clamped to [-1, 1] ([0, 1] for `sign="released"`)."""
     if sign not in ("signed", "released"):
         raise ValueError(f"sign={sign!r} is unknown; allowed: 'signed', 'released'")
-    pivot, low, high = (x.to(log_h) for x in stats[:3])
+    pivot, low, high = (x.to(log_h) for x in (stats.pivot, stats.low, stats.high))
     deviation = log_h - pivot
     zero = torch.zeros((), dtype=log_h.dtype, device=log_h.device)
     # where() on the divisor keeps 0/0 out: with a degenerate side every in-batch deviation on it is 0,

@@ -71,6 +71,11 @@ def resolve_path(path: str) -> str:
     return str(tiny_reasoner_path())
 
 
+def is_adapter(path: str) -> bool:
+    """Whether a directory holds a LoRA adapter instead of whole weights."""
+    return (Path(path) / "adapter_config.json").is_file()
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Tokenizer of the policy, padding on the left; the end-of-sequence token pads where there is no other.
 
@@ -120,7 +125,7 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": config.dtype}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if (Path(path) / "adapter_config.json").is_file():
+    if is_adapter(path):
         from peft import AutoPeftModelForCausalLM
 
         return AutoPeftModelForCausalLM.from_pretrained(path, **options).merge_and_unload()

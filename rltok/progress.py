@@ -44,6 +44,7 @@ class ProgressDisplay(TrainerCallback):
         self._task: Any = None
         self._started = time.monotonic()
         self._first_step = 0
+        self._last: dict[str, Any] = {}
 
     def install(self, trainer: Trainer) -> None:
         """Add to a trainer in place of transformers' own progress bar and log printer."""
@@ -75,16 +76,16 @@ class ProgressDisplay(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        shown = describe_metrics(logs or {})
-        if not shown:
+        if not logs or "train_runtime" in logs:
             return
+        self._last |= logs  # what is measured once per rollout stays on display until the next one
+        shown = describe_metrics(self._last)
         if self._progress is not None:
             self._progress.update(self._task, detail=shown)
         elif self.mode == "lines":
             left = self._seconds_left(state)
-            self.console.print(
-                f"step {state.global_step}/{state.max_steps}  {shown}  {clock(left)} left", highlight=False
-            )
+            line = f"step {state.global_step}/{state.max_steps}  {shown}  {clock(left)} left"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -178,9 +178,11 @@ def merged(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
     values, marks = _load_layers(path, ())
     values.setdefault("name", path.stem)
     parsed = [_parse_override(text) for text in overrides]
-    # `credit.type=x` first, so that it does not drop an option that another override sets
-    for keys, value, text in sorted(parsed, key=lambda item: item[0][-1] != "type"):
+    # `credit.type=x` first, so that it does not drop an option that another override sets; likewise `data.source`
+    for keys, value, text in sorted(parsed, key=lambda item: item[0][-1] not in ("type", "source")):
         values = _apply_override(values, keys, value, text)
+        for depth in range(1, len(keys)):
+            marks.setdefault(_spell(keys[:depth]), f"override '{text}'")
         marks[_spell(keys)] = f"override '{text}'"
     return _interpolate(values), marks
 
@@ -229,6 +231,7 @@ def _load_layers(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], d
         if parent_path == path and (CONFIG_DIR / parent).is_file():  # a user's demo.yaml on top of the shipped one
             parent_path = (CONFIG_DIR / parent).resolve()
         parent_values, parent_marks = _load_layers(parent_path, (*chain, path))
+        parent_values.pop("name", None)  # a recipe is named by itself or its file
         values, marks = _merge(values, parent_values), marks | parent_marks
     try:
         _anchor_paths(layer, path.parent)
@@ -268,16 +271,27 @@ def _collect_marks(node: yaml.Node | None, prefix: str, path: Path, marks: dict[
             _collect_marks(item, where, path, marks)
 
 
-def _merge(base: Any, layer: Any) -> Any:
+def _merge(base: Any, layer: Any, path: str = "") -> Any:
     """`layer` over `base`: mappings key by key; a new `type` drops the options of the old one."""
     if not (isinstance(base, dict) and isinstance(layer, dict)):
         return layer
     if "type" in layer and "type" in base and layer["type"] != base["type"]:
         return layer
+    if path == "data" and layer.get("source", base.get("source")) != base.get("source"):
+        base = _for_source(base, layer["source"])
     out = dict(base)
     for key, value in layer.items():
-        out[key] = _merge(base[key], value) if key in base else value
+        out[key] = _merge(base[key], value, join(path, key)) if key in base else value
     return out
+
+
+def _for_source(data: dict[str, Any], source: Any) -> dict[str, Any]:
+    """The inherited settings of `data` that another source understands."""
+    from rltok.data.config import _NOT_FOR_REASONING_GYM, _ONLY_FOR
+
+    others = {key for key, owner in _ONLY_FOR.items() if owner != source}
+    others |= set(_NOT_FOR_REASONING_GYM) if source == "reasoning_gym" else set()
+    return {key: value for key, value in data.items() if key not in others}
 
 
 def _located(error: ConfigError, marks: Mapping[str, str]) -> ConfigError:
@@ -313,7 +327,7 @@ def _apply_override(values: dict[str, Any], keys: list[str | int], value: Any, t
             layer = {key: layer}
             continue
         items = _get(values, keys[:depth])
-        if isinstance(items, dict):  # a mapping with a numeric key
+        if isinstance(items, dict) and str(key) in items:  # a mapping with a numeric key
             layer = {str(key): layer}
             continue
         where = _spell(keys[:depth])

@@ -1,12 +1,12 @@
 """One training run: its directory, the held-out evaluations around the training, the summary.
 
-    runs/<name>-seed<seed>/
-        recipe.yaml               the whole recipe, defaults filled in
-        metrics.jsonl             one JSON object per logged step
-        completions/*.parquet     what was sampled, with rewards and credit
-        checkpoint-N/             model, optimizer and every state that an exact continuation needs
-        evaluation_before.json    held-out means; the rows lie in evaluation_before.parquet; likewise `after`
-        summary.json              written last: a run with a summary is complete
+runs/<name>-seed<seed>/
+    recipe.yaml               the whole recipe, defaults filled in
+    metrics.jsonl             one JSON object per logged step
+    completions/*.parquet     what was sampled, with rewards and credit
+    checkpoint-N/             model, optimizer and every state that an exact continuation needs
+    evaluation_before.json    held-out means; the rows lie in evaluation_before.parquet; likewise `after`
+    summary.json              written last: a run with a summary is complete
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ import math
 import os
 import platform
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import datasets
 import torch
 import yaml
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
 from transformers import TrainerCallback, set_seed
+from transformers.utils.logging import disable_progress_bar
 
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations
 from rltok.expect import Outcome, check_expectations
-from rltok.models import load_model, load_tokenizer, peft_config
+from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
-from rltok.recipe import Recipe
+from rltok.recipe import Recipe, dump_yaml
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
@@ -165,9 +168,13 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
     for tracker in recipe.report.to:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"report.to: {tracker} is not installed; pip install 'rltok[{tracker}]'", "report.to")
+    settings = {
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "model_init_kwargs": _reference_options(recipe),
+    } | recipe.training
     try:
         return CreditConfig(
-            **recipe.training,
+            **settings,
             seed=recipe.seed,
             output_dir=str(output_dir),
             run_name=f"{recipe.name}-seed{recipe.seed}",
@@ -186,17 +193,37 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
         raise ConfigError(f"training: {error}", "training") from error
 
 
+def _reference_options(recipe: Recipe) -> dict[str, Any] | None:
+    """What TRL must know to load the KL reference as the policy was loaded; it finds the path itself.
+
+    Raises:
+        ConfigError: the policy starts from a merged adapter, which TRL cannot load a second time.
+    """
+    model = recipe.model
+    if not recipe.training.get("beta") or model.lora is not None:
+        return None
+    if is_adapter(model.path):
+        raise ConfigError(
+            f"training.beta: {recipe.training['beta']} needs a reference policy, but model.path {model.path!r} is an "
+            "adapter, whose merged weights cannot be loaded again; save the merged model first, or set training.beta=0",
+            "training.beta",
+        )
+    options = {"revision": model.revision, **model.config_overrides}
+    return {key: value for key, value in options.items() if value is not None} or None
+
+
 def train(recipe: Recipe, console: Console | None = None) -> int:
     """Run a recipe to its end; 0 if its expectations hold, 1 if one does not.
 
     Raises:
         ConfigError: settings that cannot work together; raised before the first rollout.
     """
+    from rltok.config import build
     from rltok.data import DataConfig, load_data
     from rltok.rewards import build_rewards
-    from rltok.config import build
     from rltok.trainers import CreditTrainer
 
+    quiet_libraries()
     run = run_directory(recipe)
     rewards = build_rewards(recipe.rewards, save_dir=run.path)
     args = training_arguments(recipe, run.path, rewards.weights)
@@ -248,6 +275,13 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     _close_trackers(recipe)
     trainer.accelerator.wait_for_everyone()
     return status
+
+
+def quiet_libraries() -> None:
+    """No bars and no notices of future changes from libraries in between the run's own output."""
+    disable_progress_bar()
+    datasets.disable_progress_bars()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|torch|trl)\.")
 
 
 def _console(console: Console | None, is_main: bool) -> Console:
@@ -339,6 +373,23 @@ def write_evaluation(evaluation: Evaluation, run: RunDirectory, moment: Moment) 
 
     pd.DataFrame(evaluation.rows).to_parquet(run.evaluation_rows(moment))
     write_json(run.evaluation(moment), {"completions": len(evaluation.rows), "means": evaluation.means})
+
+
+def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
+    """Evaluate `model.path` on the held-out rows of a recipe, on this process's device."""
+    from rltok.config import build
+    from rltok.data import DataConfig, load_data
+    from rltok.rewards import build_rewards
+
+    quiet_libraries()
+    rewards = build_rewards(recipe.rewards)
+    splits = load_data(build(DataConfig, recipe.data, "data"), recipe.seed)
+    tokenizer = load_tokenizer(recipe.model)
+    model = load_model(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [splits.heldout[i] for i in range(held_out_rows(recipe, splits.heldout))]
+    total = len(rows) * recipe.evaluation.num_samples
+    with EvaluationBar(console, "evaluation", total, recipe.report.progress) as bar:
+        return evaluate(model, tokenizer, rows, rewards, **evaluation_options(recipe), on_batch=bar)
 
 
 # Callbacks
@@ -499,18 +550,12 @@ def versions() -> dict[str, str]:
 def _write_recipe(recipe: Recipe, run: RunDirectory, console: Console) -> None:
     """Write the resolved recipe; a continued run says which settings differ from those it was started with."""
     run.path.mkdir(parents=True, exist_ok=True)
-    resolved = recipe.resolved()
+    resolved = recipe.resolved() | {"resume": "never"}
     if run.recipe.is_file():
-        changed = differences(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), resolved | {"resume": "never"})
+        changed = differences(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), resolved)
         if changed:
             console.print(f"settings that changed since the start of this run: {', '.join(changed)}")
-    write_atomically(run.recipe, _recipe_text(recipe))
-
-
-def _recipe_text(recipe: Recipe) -> str:
-    import dataclasses
-
-    return dataclasses.replace(recipe, resume="never").to_yaml()
+    write_atomically(run.recipe, dump_yaml(resolved))
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

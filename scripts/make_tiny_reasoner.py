@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import string
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -141,7 +140,10 @@ def measure(
     rows: dict[str, dict[str, float]] = {}
     entries = [entry for group in levels.values() for entry in group]
     names = [name for name, group in levels.items() for _ in group]
-    for mode, settings in (("greedy", {"do_sample": False}), ("sampled", {"do_sample": True, "temperature": 1.0, "top_k": 0})):
+    for mode, settings in (
+        ("greedy", {"do_sample": False}),
+        ("sampled", {"do_sample": True, "temperature": 1.0, "top_k": 0}),
+    ):
         set_seed(seed)
         texts = complete(model, tokenizer, entries, **settings)
         for kind, judge in (("strict", tiny.is_strict), ("lenient", tiny.is_lenient)):
@@ -197,10 +199,12 @@ def main() -> None:
     model = build_model(tokenizer, args.hidden, args.layers, args.inner)
     held_out = problems(1000, seed=10_000_000)
     exclude = {tiny.prompt_of(entry) for group in held_out.values() for entry in group}
-    known = problems(40_000, seed=1_000_000 * (args.seed + 1) , exclude=exclude)
+    known = problems(40_000, seed=1_000_000 * (args.seed + 1), exclude=exclude)
     print({name: len(group) for name, group in known.items()}, f"{time.monotonic() - start:.0f} s")
     data = demonstrations(tokenizer, known, min(100_000, args.steps * args.batch), args.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {time.monotonic() - start:.0f} s")
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {time.monotonic() - start:.0f} s"
+    )
     train(model, tokenizer, data, args)
     model.to(torch.float16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)

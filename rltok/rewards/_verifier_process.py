@@ -54,12 +54,12 @@ def answer(job: dict[str, Any]) -> Reply:
     """The reply to one job; the timer starts when everything but the judging is done."""
     try:
         judge = prepare(job)
-    except Exception as error:  # noqa: BLE001 - reported to the caller, who raises it
+    except Exception as error:  # reported to the caller, who raises it
         return {"fault": describe(error)}
     signal.setitimer(signal.ITIMER_REAL, job.get("timeout", 0))
     try:
         score = float(judge())
-    except BaseException as error:  # noqa: BLE001 - an evaluated `exit()` raises SystemExit
+    except BaseException as error:  # an evaluated `exit()` raises SystemExit
         return {"error": describe(error)}
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -149,7 +149,7 @@ def describe(error: BaseException) -> str:
     """Type and message, cut: the message may be as long as the answer."""
     try:
         text = str(error)
-    except Exception:  # noqa: BLE001 - the evaluated answer may define its own exceptions
+    except Exception:  # the evaluated answer may define its own exceptions
         text = "(the message cannot be shown)"
     return f"{type(error).__name__}: {text[:MAX_MESSAGE_CHARS]}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from rltok.rewards.math_equivalence import MathEquivalence
 from rltok.rewards.reasoning import ReasoningGym
 from rltok.rewards.user import bind_options, load_function
 
-REWARDS: dict[str, Callable[..., RewardFunction]] = {
+REWARDS: dict[str, type] = {
     "reasoning_gym": ReasoningGym,
     "strict_accuracy": StrictAccuracy,
     "lenient_accuracy": LenientAccuracy,

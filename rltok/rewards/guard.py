@@ -134,7 +134,7 @@ class _Guard(_Base):
         arguments = _arguments(prompts, completions, completion_ids, columns)
         try:
             result = self.function(**arguments)
-        except Exception as error:  # noqa: BLE001 - user code may raise anything; raised again as RewardError
+        except Exception as error:  # user code may raise anything; raised again as RewardError
             self.raised(error, self.blame(arguments), prompts, completions)
         return self.check(result, prompts, completions)
 
@@ -146,7 +146,7 @@ class _Guard(_Base):
                 return None
             try:
                 self.function(**_one_row(arguments, row))
-            except Exception:  # noqa: BLE001 - any exception marks the row
+            except Exception:  # any exception marks the row
                 return row
         return None
 
@@ -163,7 +163,7 @@ class _AsyncGuard(_Base):
         arguments = _arguments(prompts, completions, completion_ids, columns)
         try:
             result = await self.function(**arguments)
-        except Exception as error:  # noqa: BLE001 - user code may raise anything; raised again as RewardError
+        except Exception as error:  # user code may raise anything; raised again as RewardError
             self.raised(error, await self.blame(arguments), prompts, completions)
         return self.check(result, prompts, completions)
 
@@ -176,7 +176,7 @@ class _AsyncGuard(_Base):
             try:
                 pending: Awaitable[Any] = self.function(**_one_row(arguments, row))
                 await pending
-            except Exception:  # noqa: BLE001 - any exception marks the row
+            except Exception:  # any exception marks the row
                 return row
         return None
 

@@ -107,8 +107,10 @@ def _load_file(base_dir: Path, source: str, path: str) -> ModuleType:
     file = (base_dir / Path(source).expanduser()).resolve()
     if not file.is_file():
         raise ConfigError(f"{path}: there is no file {str(file)!r} ({source!r} is relative to {str(base_dir)!r})", path)
-    digest = hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    digest = hashlib.sha256(str(file).encode() + b"\n" + file.read_bytes()).hexdigest()[:12]
     name = f"rltok_user_{digest}_{file.stem}"
+    if name in sys.modules:
+        return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

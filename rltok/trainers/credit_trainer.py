@@ -13,9 +13,11 @@ and with no door set every parameter stays bit-identical to GRPOTrainer's.
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -43,13 +45,15 @@ from rltok.objective import (
 )
 from rltok.objective.aggregate import CLIPPED, TOKEN_NORMALISED
 from rltok.rollout import RolloutConfig
-from rltok.sampling import DecodingContext, SampledLogps, make_processors, sampling_control
+from rltok.sampling import AdaptiveTemperatureConfig, DecodingContext, SampledLogps, make_processors, sampling_control
 from rltok.trainers.checkpoint import write_manifest
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
 from rltok.trainers.prompts import EpochRepeatSampler, RefillPrompts, local_share
+
+logger = logging.getLogger(__name__)
 
 # Inputs of vision models that TRL hands from scoring to the loss.
 MULTIMODAL = (
@@ -64,8 +68,8 @@ MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
-STATS = "entropy_stats/"
-LOSS_STATS = STATS + "loss"
+# Where the generation batch's entropy statistics travel beside its rows; 0-d tensors are neither shuffled nor split.
+LOSS_STATS = tuple(f"entropy_stats/{field.name}" for field in fields(EntropyStats))
 
 
 class CreditTrainer(GRPOTrainer):
@@ -89,6 +93,10 @@ class CreditTrainer(GRPOTrainer):
     """
 
     _tag_names: ClassVar[list[str]] = ["trl", "grpo", "rltok"]
+    # State of TRL's adaptive entropy coefficient, which its checkpoints carry.
+    entropy_coef: float
+    _last_world_entropy: float
+    _entropy_window_stats: Tensor | None
 
     def __init__(
         self,
@@ -261,10 +269,10 @@ class CreditTrainer(GRPOTrainer):
         rho, floor = (0.8, LOG_FLOOR) if term is None else (term.rho, term.floor)
         stats = entropy_stats(entropy, mask, rho, floor, self._gather)
         if stats is not None:
-            output |= {f"{LOSS_STATS}/{name}": value for name, value in stats._asdict().items()}
+            output |= dict(zip(LOSS_STATS, stats, strict=True))
         if mode == "train":
             for module in self.doors.rollout.decoding:
-                if "entropy_stats" in module.needs:
+                if isinstance(module, AdaptiveTemperatureConfig):
                     same = (module.rho, module.floor) == (rho, floor)
                     latest = stats if same else entropy_stats(entropy, mask, module.rho, module.floor, self._gather)
                     self._sampler_stats = self._sampler_stats if latest is None else latest
@@ -289,11 +297,13 @@ class CreditTrainer(GRPOTrainer):
         values = {name: float(value) for name, value in weights.metrics.items()}
         for name, value in values.items():
             self._metrics[mode][f"correction/{name}"].append(value)
-        if values["ess"] < config.min_ess and self.accelerator.is_main_process:
-            print(
-                f"warning: the effective sample size of the rollout is {values['ess']:.3f} of the sample, below "
-                f"rollout.correction.min_ess={config.min_ess}. Weaken the decoding (rollout.decoding) or lower "
-                f"rollout.correction.clip_max={config.clip_max}."
+        if values["weight_ess"] < config.min_ess and self.accelerator.is_main_process:
+            logger.warning(
+                "The effective sample size after correction is %.3f of the sample, below rollout.correction.min_ess=%s."
+                " Weaken the decoding (rollout.decoding) or lower rollout.correction.clip_max=%s.",
+                values["weight_ess"],
+                config.min_ess,
+                config.clip_max,
             )
 
     # ------------------------------------------------------------------ dynamic sampling
@@ -671,9 +681,7 @@ def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _stats_from(inputs: Mapping[str, Any]) -> EntropyStats | None:
-    if f"{LOSS_STATS}/pivot" not in inputs:
-        return None
-    return EntropyStats(*(inputs[f"{LOSS_STATS}/{name}"] for name in EntropyStats._fields))
+    return EntropyStats(*(inputs[key] for key in LOSS_STATS)) if LOSS_STATS[0] in inputs else None
 
 
 def _rows_of(values: Tensor, mask: Tensor) -> list[list[float]]:

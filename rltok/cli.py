@@ -1,0 +1,260 @@
+"""The command line. Everything heavy is imported by the command that needs it, so that help is immediate."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rltok.config import ConfigError, describe, first_line
+
+if TYPE_CHECKING:
+    from rltok.recipe import Recipe
+
+app = typer.Typer(
+    name="rltok",
+    help="Reinforcement-learning fine-tuning of language models with token-aware credit.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+console = Console()
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file or the name of a shipped recipe.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings that replace the recipe's.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry of the console script; a wrong setting is printed without a traceback and exits with status 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    try:
+        app(args=list(arguments) if arguments is not None else None, prog_name="rltok")
+    except ConfigError as error:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"error: {error}\n")
+        raise SystemExit(2) from None
+
+
+@app.command()
+def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
+    """Train a policy by a recipe; on several processes: accelerate launch -m rltok train RECIPE."""
+    from rltok.recipe import load_recipe
+    from rltok.run import train as run_recipe
+
+    raise typer.Exit(run_recipe(load_recipe(recipe, overrides or ()), console))
+
+
+@app.command()
+def demo(overrides: Overrides = None) -> None:
+    """Train the embedded tiny reasoner with HAPO, through accelerate; minutes on a CPU, no network."""
+    from rltok.recipe import CONFIG_DIR, merged
+    from rltok.run import fresh_directory
+
+    given = list(overrides or ())
+    values, _ = merged("demo", given)
+    if values.get("output_dir") is None and values.get("resume", "never") == "never":
+        given.append(f"output_dir={fresh_directory(str(values['name']), int(values.get('seed', 0)))}")
+    import torch
+
+    kind = "gpu" if torch.cuda.is_available() else "cpu"
+    config = str(CONFIG_DIR / "accelerate" / f"{kind}.yaml")
+    raise typer.Exit(_launch(["--config_file", config, "-m", "rltok", "train", "demo", *given]))
+
+
+def _launch(arguments: list[str]) -> int:
+    """`accelerate launch`, with the exit status of what it started instead of a traceback of its own."""
+    from accelerate.commands.launch import launch_command, launch_command_parser
+
+    console.print(Text(f"accelerate launch {shlex.join(arguments)}", style="dim"), soft_wrap=True)
+    try:
+        launch_command(launch_command_parser().parse_args(arguments))
+    except subprocess.CalledProcessError as error:
+        return error.returncode
+    return 0
+
+
+@app.command(name="eval")
+def evaluate_checkpoint(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint or model directory.")],
+    overrides: Overrides = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", help="Recipe with data and rewards; default: the run's own recipe.yaml.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="Also write means and rows to this JSON file.")
+    ] = None,
+) -> None:
+    """Held-out rewards of a checkpoint, by the data, rewards and evaluation settings of its recipe."""
+    from rltok.recipe import load_recipe
+    from rltok.run import evaluate_path, write_json
+
+    found = recipe or _recipe_of(checkpoint)
+    loaded = load_recipe(found, [*(overrides or ()), f"model.path={json.dumps(str(checkpoint))}"])
+    result = evaluate_path(loaded, console)
+    console.print(f"{checkpoint}: {len(result.rows)} completions", highlight=False, soft_wrap=True)
+    table = Table()
+    table.add_column("")
+    table.add_column("mean", justify="right")
+    for name, value in result.means.items():
+        table.add_row(name, f"{value:.4f}")
+    console.print(table)
+    if output is not None:
+        write_json(output, {"checkpoint": str(checkpoint), "means": result.means, "rows": result.rows})
+
+
+def _recipe_of(checkpoint: Path) -> str:
+    if not checkpoint.is_dir():
+        raise ConfigError(f"{checkpoint}: no such checkpoint directory")
+    for folder in (checkpoint, checkpoint.resolve().parent):
+        if (folder / "recipe.yaml").is_file():
+            return str(folder / "recipe.yaml")
+    raise ConfigError(f"{checkpoint}: there is no recipe.yaml in it or beside it; name one with --recipe RECIPE")
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Number of completions.")] = 4,
+    source: Annotated[
+        Literal["after", "before", "training"],
+        typer.Option("--source", help="Held-out completions after or before training, or the last sampled ones."),
+    ] = "after",
+) -> None:
+    """Look at a run: its figures, and completions with their rewards."""
+    import pandas as pd
+
+    from rltok.run import RunDirectory
+
+    directory = RunDirectory(run)
+    if not directory.recipe.is_file():
+        raise ConfigError(f"{run}: not a run directory (it has no recipe.yaml)")
+    if directory.summary.is_file():
+        summary = json.loads(directory.summary.read_text(encoding="utf-8"))
+        kept = {key: value for key, value in summary.items() if not isinstance(value, dict)}
+        console.print(
+            "  ".join(f"{key} {_short(value)}" for key, value in kept.items()), highlight=False, soft_wrap=True
+        )
+    sampled = sorted(directory.completions.glob("*.parquet"))
+    file = directory.evaluation_rows(source) if source != "training" else (sampled or [directory.completions])[-1]
+    if not file.is_file():
+        raise ConfigError(f"{file}: not written by this run; try --source after, before or training")
+    table = pd.read_parquet(file)
+    console.print(f"{file}: {len(table)} completions", highlight=False, soft_wrap=True)
+    for record in table.head(rows).to_dict("records"):
+        _print_completion(record)
+
+
+def _print_completion(record: Mapping[str, Any]) -> None:
+    texts = {key: _text(record[key]) for key in ("prompt", "completion")}
+    rest = {key: value for key, value in record.items() if key not in texts and isinstance(value, int | float | str)}
+    console.rule(style="dim")
+    console.print(Text(texts["prompt"], style="dim"))
+    console.print(Text(texts["completion"]))
+    console.print(Text("  ".join(f"{key} {_short(value)}" for key, value in rest.items()), style="bold"))
+
+
+def _text(value: Any) -> str:
+    """A prompt or completion as text; of a conversation the messages' content."""
+    if isinstance(value, str):
+        return value
+    return "\n".join(str(message["content"]) for message in value)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+@app.command()
+def methods() -> None:
+    """Every method of the three doors and every reward, with options and defaults."""
+    from rltok.credit import CREDIT
+    from rltok.objective import OBJECTIVE
+    from rltok.rewards import REWARDS
+    from rltok.rollout import RolloutConfig
+    from rltok.sampling import DECODING
+
+    doors: dict[str, Mapping[str, Any]] = {
+        "credit: {type: ...}": CREDIT,
+        "objective: {type: ...}": OBJECTIVE,
+        "rollout.decoding: [{type: ...}]": DECODING,
+        "rewards.<name>.function": REWARDS,
+    }
+    for title, registry in doors.items():
+        table = Table(title=title, title_justify="left", expand=True)
+        table.add_column("name", no_wrap=True)
+        table.add_column("what it does", ratio=3)
+        table.add_column("options and defaults", ratio=4)
+        for name, cls in registry.items():
+            table.add_row(name, Text(first_line(cls)), Text(_options(cls)))
+        console.print(table)
+    console.print(Text(f"rollout: {_options(RolloutConfig, skip=('decoding',))}"))
+    console.print("training: every field of TRL's GRPOConfig, such as loss_type, epsilon, epsilon_high, delta")
+
+
+def _options(cls: type, skip: Sequence[str] = ()) -> str:
+    return "  ".join(f"{field.name}={field.default}" for field in describe(cls) if field.name not in skip)
+
+
+@app.command()
+def recipes() -> None:
+    """The recipes that come with rltok."""
+    from rltok.recipe import CONFIG_DIR, shipped_recipes
+
+    table = Table()
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    for name, line in shipped_recipes().items():
+        table.add_row(name, Text(line))
+    console.print(table)
+    console.print(f"in {CONFIG_DIR}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Annotated[int, typer.Option("--processes", help="Number of processes it will run on.")] = 1,
+    brief: Annotated[
+        bool, typer.Option("--brief", help="Leave out training settings that keep TRL's default.")
+    ] = False,
+) -> None:
+    """Check a recipe and print its effective configuration and estimates; trains and loads nothing."""
+    from rltok.estimate import check_combination, estimate
+    from rltok.recipe import dump_yaml, load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    args = check_combination(loaded)
+    values = loaded.resolved()
+    if not brief:
+        values["training"] = _every_setting(loaded, args)
+    console.print(Text(dump_yaml(values).rstrip()), soft_wrap=True)
+    for line in estimate(loaded, args, processes):
+        console.print(Text(line), soft_wrap=True)
+
+
+def _every_setting(recipe: Recipe, args: Any) -> dict[str, Any]:
+    """The recipe's training settings, then those of TRL that it leaves alone."""
+    import dataclasses
+
+    from rltok.recipe import ELSEWHERE
+
+    defaults = {}
+    for field in dataclasses.fields(args):
+        if field.init and field.name not in ELSEWHERE and field.name not in recipe.training:
+            value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+            defaults[field.name] = getattr(value, "value", value)
+    return recipe.training | defaults

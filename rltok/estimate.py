@@ -1,0 +1,93 @@
+"""What a recipe will take, before it runs: completions, updates, tokens, memory; and whether its settings combine."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import TYPE_CHECKING
+
+from rltok.config import ConfigError
+from rltok.models import Size, measure
+
+if TYPE_CHECKING:
+    from rltok.recipe import Recipe
+    from rltok.trainers import CreditConfig
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "auto": 2}
+
+
+def check_combination(recipe: Recipe) -> CreditConfig:
+    """Everything that can be refused without a model: TRL's own checks and those between the doors.
+
+    Raises:
+        ConfigError: names the settings that do not go together.
+    """
+    from rltok.rewards import build_rewards
+    from rltok.run import training_arguments
+    from rltok.trainers.doors import build_doors, check_doors
+
+    rewards = build_rewards(recipe.rewards)
+    with tempfile.TemporaryDirectory() as folder:
+        args = training_arguments(recipe, folder, rewards.weights)
+    check_doors(build_doors(recipe.credit, recipe.objective, recipe.rollout), args, rewards.names)
+    return args
+
+
+def estimate(recipe: Recipe, args: CreditConfig, processes: int = 1) -> list[str]:
+    """Lines on completions, updates, tokens and memory; what cannot be known says so."""
+    return [*_work(recipe, args, processes), *_memory(recipe, args)]
+
+
+def _work(recipe: Recipe, args: CreditConfig, processes: int) -> list[str]:
+    per_rollout = args.per_device_train_batch_size * args.steps_per_generation * processes
+    per_update = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes
+    updates_per_rollout = args.steps_per_generation * args.num_iterations / args.gradient_accumulation_steps
+    steps = args.max_steps if args.max_steps > 0 else None
+    rows = recipe.data.get("train_size") if recipe.data.get("source") == "reasoning_gym" else None
+    if steps is None and rows:
+        steps = int(args.num_train_epochs * rows * args.num_generations * args.num_iterations / per_update)
+    length = args.max_completion_length or 0
+    lines = [
+        f"rollout: {per_rollout} completions of {per_rollout // args.num_generations} prompts "
+        f"({args.num_generations} each), at most {per_rollout * length:,} tokens",
+        f"updates: {updates_per_rollout:g} per rollout, each of {per_update} completions, on {processes} process(es)",
+    ]
+    if steps is None:
+        lines.append(f"steps: {args.num_train_epochs:g} epoch(s) of a data set whose size is known when it is loaded")
+    else:
+        rollouts = steps / updates_per_rollout
+        lines.append(
+            f"steps: {steps} updates in {rollouts:g} rollouts, at most {int(rollouts * per_rollout * length):,} tokens"
+        )
+    return lines
+
+
+def _memory(recipe: Recipe, args: CreditConfig) -> list[str]:
+    compute = 2 if args.bf16 or args.fp16 else BYTES[recipe.model.dtype]
+    try:
+        size = measure(recipe.model, kv_bytes=compute)
+    except (ConfigError, OSError) as error:
+        return [f"memory: unknown, the model's configuration cannot be read ({error})"]
+    return _memory_lines(size, recipe, args)
+
+
+def _memory_lines(size: Size, recipe: Recipe, args: CreditConfig) -> list[str]:
+    weights = size.parameters * BYTES[recipe.model.dtype]
+    gradients = size.trainable * BYTES[recipe.model.dtype]
+    states = 2 * gradients
+    reference = weights if args.beta > 0 and recipe.model.lora is None else 0
+    cache = size.kv_bytes_per_token * (args.max_completion_length or 0) * args.generation_batch_size
+    total = weights + gradients + states + reference
+    parts = f"weights {_gib(weights)}, gradients {_gib(gradients)}, Adam {_gib(states)}"
+    if reference:
+        parts += f", reference {_gib(reference)}"
+    return [
+        f"parameters: {size.parameters:,}, of which {size.trainable:,} are trained",
+        f"memory per process, unsharded: {_gib(total)} ({parts}), plus activations of "
+        f"{args.per_device_train_batch_size} completions",
+        f"key-value cache of one rollout on one process: at most {_gib(cache)}, plus the prompts",
+    ]
+
+
+def _gib(count: float) -> str:
+    return f"{count / GIB:.2f} GiB" if count >= GIB / 10 else f"{count / 2**20:.1f} MiB"

@@ -1,0 +1,12 @@
+"""`accelerate launch scripts/train.py --config RECIPE [key.path=value ...]`: the same as `rltok train RECIPE ...`."""
+
+import argparse
+
+from rltok.cli import main
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--config", required=True, metavar="RECIPE", help="a YAML file or the name of a shipped recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings that replace the recipe's")
+    arguments = parser.parse_args()
+    main(["train", arguments.config, *arguments.overrides])

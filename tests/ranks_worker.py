@@ -1,0 +1,106 @@
+"""Trains tiny runs on fixed completions with any number of processes and writes losses and parameters.
+
+Started by tests/test_ranks.py through torchrun. Completions depend on prompt and index only, and the order of rows in
+micro-batches is arranged so that every update sees the same rows for any number of processes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import trl.trainer.grpo_trainer as grpo
+from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+
+from rltok.trainers import CreditConfig, CreditTrainer
+
+RANKS = 2
+GROUP, PER_RANK, STEPS = 4, 6, 4  # the third group of four lies on two ranks
+
+CASES: dict[str, dict[str, object]] = {
+    "dapo": {},
+    "hapo": {"credit": {"type": "token_group_average"}, "objective": {"type": "hapo"}},
+    "hapo_micro": {"objective": {"type": "hapo", "statistics": "micro_batch"}},
+    "kl_cov": {"objective": {"type": "kl_cov", "ratio": 0.1}},
+    "shaping": {"credit": {"type": "entropy_shaping"}},
+    "corrected": {
+        "rollout": {"correction": {"mode": "mask", "clip_max": 1.1, "symmetric": True, "batch_normalize": True}}
+    },
+    "dynamic": {"rollout": {"dynamic_sampling": {"metric": "even_length"}}, "objective": {"type": "hapo"}},
+}
+
+
+class FixedRollouts(CreditTrainer):
+    """Completions as a function of the prompt and its occurrence, with a made-up sampler log-probability."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        completions, logps = [], []
+        start = self.accelerator.process_index * len(prompt_ids)
+        for i, ids in enumerate(prompt_ids):
+            generator = torch.Generator().manual_seed(sum(k * t for k, t in enumerate(ids, 1)) * 7 + (start + i) % GROUP)
+            length = int(torch.randint(1, 11, (1,), generator=generator))
+            completions.append(torch.randint(3, 40, (length,), generator=generator).tolist())
+            logps.append((-3.9 - 0.1 * torch.rand(length, generator=generator)).tolist())
+        corrects = self.doors.rollout.resolved_correction.mode != "off"
+        return completions, logps if corrects else None
+
+
+def arrange(ranks: int):
+    def in_rank_order(rows):
+        if ranks == RANKS:
+            return rows
+        count = len(next(iter(rows.values())))
+        local, micro = count // RANKS, count // RANKS // STEPS
+        order = [r * local + k * micro + j for k in range(STEPS) for r in range(RANKS) for j in range(micro)]
+        return {name: value if value.ndim == 0 else value[order] for name, value in rows.items()}
+
+    return in_rank_order
+
+
+def main(folder: Path) -> None:
+    results = {}
+    for name, doors in CASES.items():
+        tokenizer = build_tokenizer()
+        ranks = int(os.environ.get("WORLD_SIZE", "1"))
+        grpo.shuffle_sequence_dict = arrange(ranks)
+        args = CreditConfig(
+            output_dir=str(folder / f"{name}{ranks}"),
+            per_device_train_batch_size=PER_RANK * RANKS // ranks,
+            gradient_accumulation_steps=2,
+            steps_per_generation=STEPS,
+            num_generations=GROUP,
+            max_completion_length=12,
+            max_steps=4,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+            epsilon=0.2,
+            epsilon_high=0.28,
+            logging_steps=1,
+            report_to=[],
+            save_strategy="no",
+            use_cpu=True,
+            disable_tqdm=True,
+            bf16=False,
+            **doors,
+        )
+        rewards = [even_reward, even_length]
+        trainer = FixedRollouts(
+            build_model(tokenizer), rewards, args, train_dataset=digit_dataset(48), processing_class=tokenizer
+        )
+        assert trainer.accelerator.num_processes == ranks, (trainer.accelerator.num_processes, ranks)
+        trainer.train()
+        log = [entry for entry in trainer.state.log_history if "loss" in entry]
+        results[name] = {
+            "losses": [entry["loss"] for entry in log],
+            "metrics": {k: v for k, v in log[0].items() if isinstance(v, float) and "time" not in k},
+            "parameters": {k: v.detach().clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
+        }
+    if trainer.accelerator.is_main_process:
+        torch.save(results, folder / f"ranks{ranks}.pt")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(Path(sys.argv[1]))

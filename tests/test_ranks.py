@@ -1,0 +1,51 @@
+"""Two processes over gloo give what one gives: losses, metrics and parameters, on the same completions."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+def launch(ranks: int, folder: Path) -> dict:
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    run = subprocess.run(
+        [*command, str(HERE / "ranks_worker.py"), str(folder)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return torch.load(folder / f"ranks{ranks}.pt", weights_only=True)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    return launch(1, folder), launch(2, folder)
+
+
+@pytest.mark.parametrize("case", ["dapo", "hapo", "hapo_micro", "kl_cov", "shaping", "corrected", "dynamic"])
+def test_two_processes_equal_one(results, case):
+    one, two = (result[case] for result in results)
+    assert len(one["losses"]) == 4 and any(abs(loss) > 1e-4 for loss in one["losses"])
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-5)
+    for name, value in one["parameters"].items():
+        torch.testing.assert_close(two["parameters"][name], value, atol=1e-5, rtol=0, msg=name)
+    for name, value in one["metrics"].items():
+        assert two["metrics"][name] == pytest.approx(value, abs=2e-5, rel=1e-4), name
+
+
+def test_the_cases_differ_from_the_baseline(results):
+    base = results[0]["dapo"]["parameters"]
+    for case, result in results[0].items():
+        moved = max((result["parameters"][k] - v).abs().max().item() for k, v in base.items())
+        assert (moved == 0) == (case == "dapo"), case
