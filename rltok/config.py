@@ -44,21 +44,28 @@ class FieldDoc(NamedTuple):
     doc: str
 
 
-def nearest(name: str, allowed: Iterable[str]) -> list[str]:
-    """`allowed` with the names most like `name` first, the others in their order."""
-    names = list(allowed)
-    folded = {n.lower(): n for n in names}
-    close = [folded[n] for n in difflib.get_close_matches(str(name).lower(), folded, n=3, cutoff=0.6)]
-    return close + [n for n in names if n not in close]
+SHOWN_NAMES = 40
+"""An error lists at most so many allowed names, nearest first."""
+
+
+def close_names(name: str, allowed: Iterable[str]) -> list[str]:
+    """The allowed names that `name` may have meant: its initials (`lr`), or spelled alike; nearest first."""
+    wanted = str(name).lower()
+    folded = {n.lower(): n for n in allowed}
+    initials = [n for low, n in folded.items() if len(wanted) > 1 and wanted == "".join(w[:1] for w in low.split("_"))]
+    alike = [folded[low] for low in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.6)]
+    return list(dict.fromkeys(initials + alike))
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:
-    """`; did you mean 'x'? Allowed: ...` for an unknown name, nearest name first."""
+    """`; did you mean 'x'? Allowed: ...` for an unknown name, nearest names first."""
     names = list(allowed)
-    ordered = nearest(name, names)
-    is_close = bool(difflib.get_close_matches(str(name).lower(), [n.lower() for n in names], n=1, cutoff=0.6))
-    hint = f"; did you mean {ordered[0]!r}?" if is_close else ";"
-    return f"{hint} Allowed: {', '.join(ordered) if ordered else '(nothing)'}"
+    close = close_names(name, names)
+    ordered = list(dict.fromkeys(close + names))
+    listed = ", ".join(ordered[:SHOWN_NAMES]) or "(nothing)"
+    more = f" and {len(ordered) - SHOWN_NAMES} more" if len(ordered) > SHOWN_NAMES else ""
+    hint = f"; did you mean {close[0]!r}?" if close else ";"
+    return f"{hint} Allowed: {listed}{more}"
 
 
 def join(path: str, key: object) -> str:

@@ -232,7 +232,11 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     start = find_start(recipe, run)
     args.distributed_state.wait_for_everyone()  # nobody writes before everybody has looked
     if start.complete:
-        console.print(f"{run.path} is complete already; see {run.summary}. Start another with output_dir=DIR or seed=N")
+        console.print(
+            f"{run.path} is complete already; see {run.summary}. To train on: resume={run.path}; "
+            "for another run: output_dir=DIR or seed=N",
+            soft_wrap=True,
+        )
         return 0
     _set_tracker_environment(recipe, run)
     set_seed(recipe.seed)
@@ -456,6 +460,7 @@ def _set_tracker_environment(recipe: Recipe, run: RunDirectory) -> None:
         os.environ["WANDB_MODE"] = recipe.report.mode
         os.environ["WANDB_PROJECT"] = recipe.report.project
         os.environ["WANDB_DIR"] = str(run.path)
+        os.environ.setdefault("WANDB_SILENT", "true")
     if "tensorboard" in recipe.report.to:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
 
@@ -464,7 +469,7 @@ def _close_trackers(recipe: Recipe) -> None:
     if "wandb" in recipe.report.to:
         import wandb
 
-        wandb.finish(quiet=True)
+        wandb.finish()
 
 
 # End of a run

@@ -35,6 +35,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 MAX_NEW_TOKENS = 80
+BATCH = 64
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
@@ -59,18 +60,19 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def build_model(tokenizer: PreTrainedTokenizerFast, hidden: int, layers: int, inner: int) -> Qwen3ForCausalLM:
+def build_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCausalLM:
     config = Qwen3Config(
         vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        num_hidden_layers=layers,
-        intermediate_size=inner,
+        hidden_size=128,
+        num_hidden_layers=4,
+        intermediate_size=384,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
         tie_word_embeddings=True,
-        initializer_range=0.03,
+        initializer_range=0.08,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None,
@@ -106,14 +108,18 @@ def chat(tokenizer: PreTrainedTokenizerFast, entries: Sequence[tiny.Entry]) -> l
 
 
 def demonstrations(
-    tokenizer: PreTrainedTokenizerFast, levels: Mapping[str, list[tiny.Entry]], size: int, seed: int
+    tokenizer: PreTrainedTokenizerFast,
+    levels: Mapping[str, list[tiny.Entry]],
+    size: int,
+    seed: int,
+    habits: Mapping[str, float] | None,
 ) -> Dataset:
     """`size` tokenized prompt-completion pairs in the proportions of the levels; problems recur with new habits."""
     rng = random.Random(seed)
     weights = [tiny.LEVELS[name].weight for name in levels]
     entries = [rng.choice(levels[name]) for name in rng.choices(list(levels), weights, k=size)]
     prompts = tokenizer(chat(tokenizer, entries))["input_ids"]
-    texts = [tiny.write_demonstration(entry, rng) + tokenizer.eos_token for entry in entries]
+    texts = [tiny.write_demonstration(entry, rng, habits) + tokenizer.eos_token for entry in entries]
     completions = tokenizer(texts)["input_ids"]
     ids = [prompt + completion for prompt, completion in zip(prompts, completions, strict=True)]
     labels = [[-100] * len(prompt) + completion for prompt, completion in zip(prompts, completions, strict=True)]
@@ -156,13 +162,15 @@ def measure(
     return rows
 
 
-def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Dataset, args: argparse.Namespace) -> None:
+def train(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Dataset, steps: int, rate: float, seed: int
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = SFTConfig(
             output_dir=folder,
-            max_steps=args.steps,
-            per_device_train_batch_size=args.batch,
-            learning_rate=args.lr,
+            max_steps=steps,
+            per_device_train_batch_size=BATCH,
+            learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=50,
             weight_decay=0.01,
@@ -176,7 +184,7 @@ def train(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, data: Dat
             logging_steps=100,
             save_strategy="no",
             report_to="none",
-            seed=args.seed,
+            seed=seed,
         )
         SFTTrainer(model=model, args=config, train_dataset=data, processing_class=tokenizer).train()
 
@@ -185,27 +193,32 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=tiny.tiny_reasoner_path(), help="folder for the assets")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--hidden", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--inner", type=int, default=384)
+    parser.add_argument("--skill-steps", type=int, default=1500, help="updates on careful demonstrations")
+    parser.add_argument("--habit-steps", type=int, default=400, help="updates on demonstrations of mixed quality")
+    parser.add_argument("--skill-rate", type=float, default=3e-3)
+    parser.add_argument("--habit-rate", type=float, default=5e-4)
+    parser.add_argument("--start", type=Path, help="skip the first stage: start from this folder")
     args = parser.parse_args()
 
     start = time.monotonic()
     set_seed(args.seed)
     tokenizer = build_tokenizer()
-    model = build_model(tokenizer, args.hidden, args.layers, args.inner)
+    model = build_model(tokenizer)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens")
     held_out = problems(1000, seed=10_000_000)
     exclude = {tiny.prompt_of(entry) for group in held_out.values() for entry in group}
-    known = problems(40_000, seed=1_000_000 * (args.seed + 1), exclude=exclude)
+    known = problems(20_000, seed=1_000_000 * (args.seed + 1), exclude=exclude)
     print({name: len(group) for name, group in known.items()}, f"{time.monotonic() - start:.0f} s")
-    data = demonstrations(tokenizer, known, min(100_000, args.steps * args.batch), args.seed)
-    print(
-        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens, {time.monotonic() - start:.0f} s"
-    )
-    train(model, tokenizer, data, args)
+    careful: dict[str, float] = {}
+    if args.start:
+        model = Qwen3ForCausalLM.from_pretrained(args.start, dtype=torch.float32)
+    else:
+        skills = demonstrations(tokenizer, known, args.skill_steps * BATCH, args.seed, careful)
+        train(model, tokenizer, skills, args.skill_steps, args.skill_rate, args.seed)
+        model.save_pretrained("/tmp/skill")
+        print("after skills:", measure(model, tokenizer, held_out, args.seed))
+    mixed = demonstrations(tokenizer, known, args.habit_steps * BATCH, args.seed + 1, None)
+    train(model, tokenizer, mixed, args.habit_steps, args.habit_rate, args.seed + 1)
     model.to(torch.float16).save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     model.float()

@@ -39,7 +39,9 @@ class FixedRollouts(CreditTrainer):
         completions, logps = [], []
         start = self.accelerator.process_index * len(prompt_ids)
         for i, ids in enumerate(prompt_ids):
-            generator = torch.Generator().manual_seed(sum(k * t for k, t in enumerate(ids, 1)) * 7 + (start + i) % GROUP)
+            generator = torch.Generator().manual_seed(
+                sum(k * t for k, t in enumerate(ids, 1)) * 7 + (start + i) % GROUP
+            )
             length = int(torch.randint(1, 11, (1,), generator=generator))
             completions.append(torch.randint(3, 40, (length,), generator=generator).tolist())
             logps.append((-3.9 - 0.1 * torch.rand(length, generator=generator)).tolist())
@@ -95,7 +97,9 @@ def main(folder: Path) -> None:
         results[name] = {
             "losses": [entry["loss"] for entry in log],
             "metrics": {k: v for k, v in log[0].items() if isinstance(v, float) and "time" not in k},
-            "parameters": {k: v.detach().clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).named_parameters()},
+            "parameters": {
+                k: v.detach().clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
+            },
         }
     if trainer.accelerator.is_main_process:
         torch.save(results, folder / f"ranks{ranks}.pt")
