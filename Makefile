@@ -11,6 +11,9 @@ TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
 
+# Threads that sleep while they wait; spinning ones stall each other on a shared CPU
+export OMP_WAIT_POLICY ?= PASSIVE
+
 PIP := $(VENV)/bin/python -m pip install --disable-pip-version-check -q
 STAMP := $(VENV)/.rltok-installed
 

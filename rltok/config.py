@@ -49,12 +49,13 @@ SHOWN_NAMES = 40
 
 
 def close_names(name: str, allowed: Iterable[str]) -> list[str]:
-    """The allowed names that `name` may have meant: its initials (`lr`), or spelled alike; nearest first."""
+    """The allowed names that `name` may have meant: by its initials (`lr`), its beginning, or spelled alike."""
     wanted = str(name).lower()
     folded = {n.lower(): n for n in allowed}
     initials = [n for low, n in folded.items() if len(wanted) > 1 and wanted == "".join(w[:1] for w in low.split("_"))]
     alike = [folded[low] for low in difflib.get_close_matches(wanted, folded, n=3, cutoff=0.6)]
-    return list(dict.fromkeys(initials + alike))
+    begun = [n for low, n in folded.items() if len(wanted) > 2 and low.startswith(wanted)]
+    return list(dict.fromkeys(initials + begun + alike))
 
 
 def suggestion(name: str, allowed: Iterable[str]) -> str:

@@ -23,9 +23,10 @@ def check_combination(recipe: Recipe) -> CreditConfig:
         ConfigError: names the settings that do not go together.
     """
     from rltok.rewards import build_rewards
-    from rltok.run import training_arguments
+    from rltok.run import quiet_libraries, training_arguments
     from rltok.trainers.doors import build_doors, check_doors
 
+    quiet_libraries()
     rewards = build_rewards(recipe.rewards)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(recipe, folder, rewards.weights)

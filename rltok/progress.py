@@ -8,8 +8,10 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 if TYPE_CHECKING:
@@ -40,8 +42,10 @@ class ProgressDisplay(TrainerCallback):
     def __init__(self, console: Console, mode: Mode = "auto") -> None:
         self.console = console
         self.mode = resolve_mode(mode, console)
-        self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._progress = bar(console)
         self._task: Any = None
+        self._line = Text()  # below the bar, so that both fit a narrow terminal
         self._started = time.monotonic()
         self._first_step = 0
         self._last: dict[str, Any] = {}
@@ -58,14 +62,15 @@ class ProgressDisplay(TrainerCallback):
     ) -> None:
         self._started, self._first_step = time.monotonic(), state.global_step
         if self.mode == "live":
-            self._progress = bar(self.console)
             self._task = self._progress.add_task(
-                "training", total=state.max_steps, completed=state.global_step, detail="first rollout"
+                "training", total=state.max_steps, completed=state.global_step, detail="updates"
             )
-            self._progress.start()
+            self._line.plain = "first rollout"
+            self._live = Live(Group(self._progress, self._line), console=self.console, refresh_per_second=4)
+            self._live.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._progress is not None:
+        if self._live is not None:
             self._progress.update(self._task, completed=state.global_step)
 
     def on_log(
@@ -80,8 +85,8 @@ class ProgressDisplay(TrainerCallback):
             return
         self._last |= logs  # what is measured once per rollout stays on display until the next one
         shown = describe_metrics(self._last)
-        if self._progress is not None:
-            self._progress.update(self._task, detail=shown)
+        if self._live is not None:
+            self._line.plain = shown
         elif self.mode == "lines":
             left = self._seconds_left(state)
             line = f"step {state.global_step}/{state.max_steps}  {shown}  {clock(left)} left"
@@ -94,9 +99,9 @@ class ProgressDisplay(TrainerCallback):
 
     def stop(self) -> None:
         """Leave the terminal as it was; safe to call twice."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def _seconds_left(self, state: TrainerState) -> float:
         done = state.global_step - self._first_step

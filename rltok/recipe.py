@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltok.config import ConfigError, build, build_typed, check_keys, convert, hints, join, lookup_type, suggestion
+from rltok.expect import check_syntax
 from rltok.models import TINY, ModelConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
@@ -417,6 +418,8 @@ def _recipe(values: dict[str, Any]) -> Recipe:
         for key in ("name", "seed", "output_dir", "resume", "expect")
         if key in values
     }
+    for index, expression in enumerate(plain.get("expect", ())):
+        check_syntax(expression, f"expect[{index}]")
     for key in ("model", "data", "training", "evaluation", "report"):
         if not isinstance(values.get(key, {}), dict):
             raise ConfigError(f"{key}: {values[key]!r} is not a mapping of settings", key)

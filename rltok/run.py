@@ -169,6 +169,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"report.to: {tracker} is not installed; pip install 'rltok[{tracker}]'", "report.to")
     settings = {
+        "use_cpu": not torch.accelerator.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
         "model_init_kwargs": _reference_options(recipe),
     } | recipe.training
@@ -257,6 +258,12 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     main = trainer.is_world_process_zero()
     if main:
         _write_recipe(recipe, run, console)
+    console.print(
+        f"{recipe.name}, seed {recipe.seed}: {len(splits.train)} training and {len(splits.heldout)} held-out rows, "
+        f"{args.world_size} process(es) on {args.device.type}, in {run.path}",
+        highlight=False,
+        soft_wrap=True,
+    )
     if start.checkpoint is not None:
         console.print(f"continuing from {start.checkpoint}")
     held_out = HeldOut(recipe, run, console, tokenizer, splits.heldout, rewards, trainer)
@@ -276,7 +283,7 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     status = 0
     if main:
         status = _finish(recipe, run, console, trainer.state.global_step, metrics.seconds, checkpoint)
-    _close_trackers(recipe)
+        _close_trackers(recipe, run)
     trainer.accelerator.wait_for_everyone()
     return status
 
@@ -465,10 +472,13 @@ def _set_tracker_environment(recipe: Recipe, run: RunDirectory) -> None:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.path / "tensorboard")
 
 
-def _close_trackers(recipe: Recipe) -> None:
+def _close_trackers(recipe: Recipe, run: RunDirectory) -> None:
+    """Add the summary's figures to the W&B run and end it."""
     if "wandb" in recipe.report.to:
         import wandb
 
+        summary = json.loads(run.summary.read_text(encoding="utf-8"))
+        wandb.summary.update({key: value for key, value in summary.items() if isinstance(value, int | float)})
         wandb.finish()
 
 

@@ -26,8 +26,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from reasoning_gym import get_score_answer_fn
-
 Entry = Mapping[str, Any]
 """One reasoning-gym problem: question, answer, metadata."""
 
@@ -35,39 +33,6 @@ CHAIN_SUM_PROMPT = "compute {metadata[expression]}"
 COUNTDOWN_PROMPT = "make {metadata[target]} from {metadata[numbers]}"
 PROMPTS = {"chain_sum": CHAIN_SUM_PROMPT, "countdown": COUNTDOWN_PROMPT}
 """reasoning-gym task -> `str.format` template of the user message, over question, answer and metadata."""
-
-
-@dataclass(frozen=True)
-class Level:
-    """One difficulty step of one reasoning-gym task."""
-
-    task: str
-    """name in reasoning-gym"""
-    params: Mapping[str, Any]
-    """keyword arguments of `reasoning_gym.create_dataset`"""
-    weight: float
-    """share of the mixture"""
-
-
-def _sums(terms: int, digits: int) -> dict[str, Any]:
-    return {"min_terms": terms, "max_terms": terms, "min_digits": digits, "max_digits": digits}
-
-
-def _countdown(numbers: int, operators: Sequence[str], max_target: int) -> dict[str, Any]:
-    counts = {"min_numbers": numbers, "max_numbers": numbers, "min_value": 1, "max_value": 9}
-    return counts | {"min_target": 1, "max_target": max_target, "operators": list(operators)}
-
-
-LEVELS: dict[str, Level] = {
-    "chain_sum/3": Level("chain_sum", _sums(3, 1), 0.20),
-    "chain_sum/4": Level("chain_sum", _sums(4, 1), 0.20),
-    "chain_sum/5": Level("chain_sum", _sums(5, 1), 0.15),
-    "chain_sum/3x2": Level("chain_sum", _sums(3, 2), 0.15),
-    "countdown/2": Level("countdown", _countdown(2, "+-*/", 50), 0.10),
-    "countdown/3": Level("countdown", _countdown(3, "+-", 30), 0.10),
-    "countdown/3x": Level("countdown", _countdown(3, "+-*", 50), 0.10),
-}
-"""Difficulty steps of the tasks the model was warm-started on; the weights sum to one."""
 
 
 @dataclass(frozen=True)
@@ -294,7 +259,9 @@ def deciding_positions(completion: str | Sequence[str]) -> list[Decision]:
     tokens = split_completion(completion) if isinstance(completion, str) else list(completion)
     decisions = []
     for name in HABITS:
-        finder = {"work": _first_token, "care": _second_to_last_step, "persist": _after_no, "form": _after_working}[name]
+        finder = {"work": _first_token, "care": _second_to_last_step, "persist": _after_no, "form": _after_working}[
+            name
+        ]
         for position in finder(tokens):
             side = _side(name, tokens[position])
             if side is not None:
@@ -344,31 +311,3 @@ def _after_no(tokens: Sequence[str]) -> list[int]:
 def _after_working(tokens: Sequence[str]) -> list[int]:
     end = _working(tokens).stop
     return [end + 1] if end and end + 1 < len(tokens) else []
-
-
-# Accuracy ------------------------------------------------------------------------------------------------------------
-
-_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_NUMBER = re.compile(r"-?\d+")
-_EXPRESSION = re.compile(r"[\d(][\d+\-*/() ]*[\d)]")
-
-
-def is_strict(completion: str, entry: Entry) -> bool:
-    """Whether reasoning-gym's verifier accepts the text inside the first <answer>...</answer>."""
-    found = _ANSWER.search(completion)
-    return found is not None and _accepted(found[1], entry)
-
-
-def is_lenient(completion: str, entry: Entry) -> bool:
-    """Strict, or else the last number (chain_sum) or last expression (countdown) of the completion is accepted."""
-    pattern = _NUMBER if entry["metadata"]["source_dataset"] == "chain_sum" else _EXPRESSION
-    found = pattern.findall(completion)
-    return is_strict(completion, entry) or (bool(found) and _accepted(found[-1], entry))
-
-
-def _accepted(answer: str, entry: Entry) -> bool:
-    # sympy evaluates what it reads: powers, factorials or long digit strings of an untrained policy could hang it
-    if len(answer) > 40 or "**" in answer or re.search(r"[^\d+\-*/() ]", answer):
-        return False
-    score = get_score_answer_fn(entry["metadata"]["source_dataset"])
-    return score(answer, entry) >= 0.99
