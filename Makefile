@@ -2,7 +2,7 @@
 # make test   set up .venv, then lint, format, types and the CPU tests
 #
 # Variables: PYTHON (3.11 or newer), VENV, EXTRAS, TORCH_SPEC and TORCH_INDEX. On Linux, PyPI's torch brings gigabytes
-# of CUDA libraries; without a GPU:  make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# of CUDA libraries; without a GPU, set TORCH_INDEX to the address of PyTorch's CPU wheels.
 
 PYTHON ?= python3
 VENV ?= .venv

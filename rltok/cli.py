@@ -75,7 +75,8 @@ def demo(overrides: Overrides = None) -> None:
 
     kind = "gpu" if torch.cuda.is_available() else "cpu"
     config = str(CONFIG_DIR / "accelerate" / f"{kind}.yaml")
-    raise typer.Exit(_launch(["--config_file", config, "-m", "rltok", "train", "demo", *given]))
+    threads = ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
+    raise typer.Exit(_launch(["--config_file", config, *threads, "-m", "rltok", "train", "demo", *given]))
 
 
 def _launch(arguments: list[str]) -> int:

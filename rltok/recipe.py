@@ -288,10 +288,10 @@ def _merge(base: Any, layer: Any, path: str = "") -> Any:
 
 def _for_source(data: dict[str, Any], source: Any) -> dict[str, Any]:
     """The inherited settings of `data` that another source understands."""
-    from rltok.data.config import _NOT_FOR_REASONING_GYM, _ONLY_FOR
+    from rltok.data.config import NOT_FOR_REASONING_GYM, ONLY_FOR
 
-    others = {key for key, owner in _ONLY_FOR.items() if owner != source}
-    others |= set(_NOT_FOR_REASONING_GYM) if source == "reasoning_gym" else set()
+    others = {key for key, owner in ONLY_FOR.items() if owner != source}
+    others |= set(NOT_FOR_REASONING_GYM) if source == "reasoning_gym" else set()
     return {key: value for key, value in data.items() if key not in others}
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import itertools
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -73,9 +73,9 @@ def prompt_of(entry: Entry) -> str:
 
 # Demonstrations ------------------------------------------------------------------------------------------------------
 
-HIGH, LOW = 0.72, 0.30
+HIGH, LOW = 0.80, 0.25
 """Odds of the careful side on problems that favour it and on the others."""
-DIGITS_BELOW = 7
+DIGITS_BELOW = 6
 """A number favours the careful side when its last digit is below this."""
 
 
@@ -257,15 +257,12 @@ def deciding_positions(completion: str | Sequence[str]) -> list[Decision]:
             demonstration is read as far as it looks like one.
     """
     tokens = split_completion(completion) if isinstance(completion, str) else list(completion)
-    decisions = []
-    for name in HABITS:
-        finder = {"work": _first_token, "care": _second_to_last_step, "persist": _after_no, "form": _after_working}[
-            name
-        ]
-        for position in finder(tokens):
-            side = _side(name, tokens[position])
-            if side is not None:
-                decisions.append(Decision(name, position, side))
+    decisions = [
+        Decision(name, position, side)
+        for name, places in _PLACES.items()
+        for position in places(tokens)
+        if (side := _side(name, tokens[position])) is not None
+    ]
     return sorted(decisions, key=lambda decision: decision.position)
 
 
@@ -287,7 +284,7 @@ def _working(tokens: Sequence[str]) -> range:
     return range(1, end)
 
 
-_PAIR = re.compile(r"-?\d+[+-]\d+(?=[=+-])")
+_FIRST_OPERATION = re.compile(r"(?:^|(?<=;))-?\d+[+-]\d+(?=[=+-])")
 
 
 def _second_to_last_step(tokens: Sequence[str]) -> list[int]:
@@ -296,12 +293,10 @@ def _second_to_last_step(tokens: Sequence[str]) -> list[int]:
     text = [tokens[i] for i in inside]
     if " ok" in text or " no" in text or any(len(token) != 1 for token in text):
         return []
-    steps = list(re.finditer(r"[^;]+", "".join(text)))
-    ends = [(pair.end(), step) for step in steps if (pair := _PAIR.match(step.string, step.start(), step.end()))]
-    merged = [end for end, step in ends if step.string[end] != "="]
-    single = [end for end, _ in ends]
-    chosen = merged[:1] or single[-2:-1]
-    return [inside.start + end for end in chosen]
+    steps = "".join(text)
+    ends = [pair.end() for pair in _FIRST_OPERATION.finditer(steps)]
+    merged = [end for end in ends if steps[end] != "="]
+    return [inside.start + end for end in merged[:1] or ends[-2:-1]]
 
 
 def _after_no(tokens: Sequence[str]) -> list[int]:
@@ -311,3 +306,11 @@ def _after_no(tokens: Sequence[str]) -> list[int]:
 def _after_working(tokens: Sequence[str]) -> list[int]:
     end = _working(tokens).stop
     return [end + 1] if end and end + 1 < len(tokens) else []
+
+
+_PLACES: dict[str, Callable[[Sequence[str]], list[int]]] = {
+    "work": _first_token,
+    "care": _second_to_last_step,
+    "persist": _after_no,
+    "form": _after_working,
+}

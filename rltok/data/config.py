@@ -16,7 +16,7 @@ Source = Literal["reasoning_gym", "file", "hub"]
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """File suffix -> reader of the datasets library."""
 
-_ONLY_FOR = {
+ONLY_FOR = {
     "tasks": "reasoning_gym",
     "task": "reasoning_gym",
     "task_options": "reasoning_gym",
@@ -29,7 +29,7 @@ _ONLY_FOR = {
     "revision": "hub",
     "heldout_split": "hub",
 }
-_NOT_FOR_REASONING_GYM = ("columns", "answer_pattern", "max_rows", "heldout_fraction")
+NOT_FOR_REASONING_GYM = ("columns", "answer_pattern", "max_rows", "heldout_fraction")
 
 
 @dataclass(frozen=True)
@@ -129,10 +129,10 @@ class DataConfig:
         """Refuse settings that the chosen source would ignore."""
         defaults = {f.name: _default(f) for f in dataclasses.fields(self)}
         is_set = {name: getattr(self, name) != default for name, default in defaults.items()}
-        for name, source in _ONLY_FOR.items():
+        for name, source in ONLY_FOR.items():
             if is_set[name] and self.source != source:
                 raise _error(name, f"belongs to source: {source}, but data.source is {self.source}")
-        for name in _NOT_FOR_REASONING_GYM:
+        for name in NOT_FOR_REASONING_GYM:
             if is_set[name] and self.source == "reasoning_gym":
                 raise _error(name, "belongs to source: file or hub, but data.source is reasoning_gym")
 
