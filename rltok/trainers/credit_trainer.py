@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -48,6 +48,7 @@ from rltok.rollout import RolloutConfig
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingContext, SampledLogps, make_processors, sampling_control
 from rltok.trainers.checkpoint import write_manifest
 from rltok.trainers.config import CreditConfig
+from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
@@ -134,8 +135,7 @@ class CreditTrainer(GRPOTrainer):
             self._refill = RefillPrompts(len(self.train_dataset), self.args.seed)
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._rewards_per_func: Tensor | None = None
-        self._credit_cells: list[list[float]] = []
-        self._credit_used: dict[int, list[float]] = {}
+        self._table = CreditTable(self._logs)
 
     # ------------------------------------------------------------------ prompts
 
@@ -228,7 +228,7 @@ class CreditTrainer(GRPOTrainer):
         credit = self.doors.credit(batch)
         check_credit(credit, batch, type(self.doors.credit).__name__)
         if self.log_completions and mode == "train" and self._refill is not None:
-            self._replace_logged_rows(output, batch)
+            self._show_trained_rows(output, batch)
         output["advantages"] = credit
         self._log_credit(output, credit, mask, mode)
         return output
@@ -411,7 +411,7 @@ class CreditTrainer(GRPOTrainer):
         values["ratio"] = torch.exp(plan.log_weight.detach())
         self._log_token_means(values, mask, mode)
         if mode == "train" and self.log_completions and "row" in inputs:
-            self._remember_credit(inputs["row"], plan.advantages.expand_as(logps), mask)
+            self._table.remember(inputs["row"], plan.advantages.expand_as(logps), mask)
         return loss
 
     def _sampler_weight(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -485,17 +485,12 @@ class CreditTrainer(GRPOTrainer):
             self._metrics[mode]["credit/abs_mean"].append(values.mean().item())
             self._metrics[mode]["credit/nonzero_share"].append((values > 0).float().mean().item())
             self._metrics[mode]["credit/top20_share"].append((top / total).item() if total > 0 else 0.0)
-        if not self.log_completions:
-            return
-        if mode == "train":
-            output["row"] = torch.arange(credit.size(0), device=credit.device)
-            self._credit_used = {}
-        cells = gather_object(_rows_of(credit, mask))
-        self._logs["extra"]["credit"].extend(cells)
-        if mode == "train":
-            self._credit_cells = cells
+        if self.log_completions:
+            if mode == "train":
+                output["row"] = torch.arange(credit.size(0), device=credit.device)
+            self._table.add(credit, mask, updates_follow=mode == "train")
 
-    def _replace_logged_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
+    def _show_trained_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
         """After dynamic sampling the table shows the rows that are trained, not the candidates."""
 
         def texts(ids: str, mask: str) -> list[str]:
@@ -507,26 +502,12 @@ class CreditTrainer(GRPOTrainer):
             "completion": texts("completion_ids", "completion_mask"),
             "advantages": gather_rows(self.accelerator, batch.advantages).tolist(),
         }
-        for name, column in columns.items():
-            self._logs[name].clear()
-            self._logs[name].extend(column)
-        for name, part in batch.reward_parts.items():
-            self._logs["rewards"][name].clear()
-            self._logs["rewards"][name].extend(part.tolist())
-        self._logs["extra"].clear()  # columns that rewards logged belong to the candidates
-
-    def _remember_credit(self, rows: Tensor, advantages: Tensor, mask: Tensor) -> None:
-        for row, values in zip(rows.tolist(), _rows_of(advantages, mask), strict=True):
-            self._credit_used[row] = values
+        self._table.replace(columns, {name: part.tolist() for name, part in batch.reward_parts.items()})
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """TRL's log; the table's `credit` column first takes what the loss has used by now."""
-        if self.log_completions and self.model.training and self._credit_cells:
-            ranks = gather_object([self._credit_used])
-            share = len(self._credit_cells) // len(ranks)
-            for rank, used in enumerate(ranks):
-                for row, values in used.items():
-                    self._credit_cells[rank * share + row][:] = values
+        if self.log_completions and self.model.training:
+            self._table.refresh()
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
@@ -571,25 +552,9 @@ class CreditTrainer(GRPOTrainer):
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "sampler_stats": None if stats is None else list(stats),
             "refill": None if self._refill is None else self._refill.state,
-            "tables": {
-                "prompt": list(self._logs["prompt"]),
-                "completion": list(self._logs["completion"]),
-                "advantages": list(self._logs["advantages"]),
-                "rewards": {name: list(column) for name, column in self._logs["rewards"].items()},
-                "extra": {name: list(column) for name, column in self._logs["extra"].items()},
-            },
-            "credit_cells": self._logged_credit_span(),
-            "credit_used": self._credit_used,
+            "table": self._table.state(),
             "last_entropy_window": self._entropy_window_stats,
         }
-
-    def _logged_credit_span(self) -> tuple[int, int]:
-        """Where the cells of the current generation batch lie in the table's credit column: (first, count)."""
-        if not self._credit_cells:
-            return 0, 0
-        column = self._logs["extra"]["credit"]
-        first = next((i for i, cell in enumerate(column) if cell is self._credit_cells[0]), None)
-        return (0, 0) if first is None else (first, len(self._credit_cells))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -612,15 +577,7 @@ class CreditTrainer(GRPOTrainer):
         self._sampler_stats = None if stats is None else EntropyStats(*stats)
         if self._refill is not None:
             self._refill.state = state["refill"]
-        tables = state["tables"]
-        for name in ("prompt", "completion", "advantages"):
-            self._logs[name].extend(tables[name])
-        for name in ("rewards", "extra"):
-            for column, values in tables[name].items():
-                self._logs[name][column] = deque(values, maxlen=self._logs["prompt"].maxlen)
-        first, count = state["credit_cells"]
-        self._credit_cells = list(tables["extra"].get("credit", []))[first : first + count]
-        self._credit_used = state["credit_used"]
+        self._table.load(state["table"])
         self._entropy_window_stats = state["last_entropy_window"]
 
 
@@ -682,10 +639,3 @@ def _loss_mask(inputs: Mapping[str, Any]) -> Tensor:
 
 def _stats_from(inputs: Mapping[str, Any]) -> EntropyStats | None:
     return EntropyStats(*(inputs[key] for key in LOSS_STATS)) if LOSS_STATS[0] in inputs else None
-
-
-def _rows_of(values: Tensor, mask: Tensor) -> list[list[float]]:
-    """One list per row, up to the last token that counts, rounded for the table."""
-    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
-    rows = values.detach().float().cpu().tolist()
-    return [[round(v, 5) for v in row[:n]] for row, n in zip(rows, lengths, strict=True)]
