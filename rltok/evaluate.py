@@ -77,7 +77,7 @@ def evaluate(
             if on_batch is not None:
                 on_batch(len(chosen))
         scores = score(rows, tokenizer, ids, rewards)
-    return _collect(rows, tokenizer, ids, scores, num_samples)
+    return _collect(rows, tokenizer, ids, scores, num_samples, set(_end_ids(model, tokenizer)))
 
 
 def score(
@@ -181,13 +181,20 @@ def _generate(
         repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=_end_ids(model, tokenizer),
         use_cache=True,
     )
     output = model.generate(**inputs, generation_config=config)  # (batch, prompt + completion)
     completions = output[:, inputs["input_ids"].size(1) :].tolist()
-    eos = tokenizer.eos_token_id
-    return [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in completions]
+    ends = set(config.eos_token_id)
+    return [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids)) + 1] for ids in completions]
+
+
+def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every token that ends a completion, as the trainer counts them: the tokenizer's and the model's own."""
+    declared = model.generation_config.eos_token_id
+    own = [declared] if isinstance(declared, int) else list(declared or ())
+    return list(dict.fromkeys([tokenizer.eos_token_id, *own]))
 
 
 def _collect(
@@ -196,6 +203,7 @@ def _collect(
     ids: Sequence[Sequence[int]],
     scores: Mapping[str, Sequence[float]],
     num_samples: int,
+    ends: set[int],
 ) -> Evaluation:
     texts = tokenizer.batch_decode(list(ids), skip_special_tokens=True)
     found = []
@@ -206,7 +214,7 @@ def _collect(
             "prompt": row["prompt"],
             "completion": texts[i],
             "length": len(ids[i]),
-            "ended": bool(ids[i]) and ids[i][-1] == tokenizer.eos_token_id,
+            "ended": bool(ids[i]) and ids[i][-1] in ends,
         }
         if "answer" in row:
             record["answer"] = row["answer"]

@@ -17,6 +17,8 @@ import json
 import math
 import os
 import platform
+import shutil
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -526,12 +528,12 @@ def _print_summary(
     summary: Mapping[str, Any], run: RunDirectory, console: Console, outcomes: Sequence[Outcome]
 ) -> None:
     table = Table(title=f"held-out accuracy of {run.path.name}")
-    for column in ("", "before", "after", "gain"):
+    for column in ("", "before", "after", "points"):
         table.add_column(column, justify="left" if not column else "right")
     for name in ("strict", "lenient"):
         before, after = summary[f"{name}_before"], summary[f"{name}_after"]
         gain = None if before is None or after is None else after - before
-        table.add_row(name, _percent(before), _percent(after), _percent(gain, "+"))
+        table.add_row(name, _percent(before), _percent(after), "-" if gain is None else f"{100 * gain:+.1f}")
     console.print(table)
     checkpoint = summary["checkpoint"]
     lines = {
@@ -540,8 +542,8 @@ def _print_summary(
         "metrics": run.metrics,
         "completions": run.completions,
         "summary": run.summary,
-        "look at them": f"rltok show {run.path}",
-        "evaluate again": f"rltok eval {checkpoint}",
+        "look at them": f"{_program()} show {run.path}",
+        "evaluate again": f"{_program()} eval {checkpoint}",
     }
     for label, value in lines.items():
         console.print(f"{label:<15} {value}", highlight=False, soft_wrap=True)
@@ -549,8 +551,18 @@ def _print_summary(
         console.print(f"expected: {outcome.expression} -> {'holds' if outcome.held else 'FAILS'}", highlight=False)
 
 
-def _percent(value: float | None, sign: str = "") -> str:
-    return "-" if value is None else f"{100 * value:{sign}.1f} %"
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _program() -> str:
+    """How to call rltok from here: its name if the shell finds it, else where it lies or the module."""
+    if shutil.which("rltok"):
+        return "rltok"
+    script = Path(sys.executable).with_name("rltok")
+    if not script.is_file():
+        return f"{sys.executable} -m rltok"
+    return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def versions() -> dict[str, str]:

@@ -73,7 +73,7 @@ def prompt_of(entry: Entry) -> str:
 
 # Demonstrations ------------------------------------------------------------------------------------------------------
 
-HIGH, LOW = 0.80, 0.25
+HIGH, LOW = 0.85, 0.30
 """Odds of the careful side on problems that favour it and on the others."""
 DIGITS_BELOW = 6
 """A number favours the careful side when its last digit is below this."""

@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import trl.trainer.grpo_trainer as grpo
 from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+from trl import GRPOTrainer
 
+from rltok.objective import LOSS_TYPES
 from rltok.trainers import CreditConfig, CreditTrainer
 
 RANKS = 2
 GROUP, PER_RANK, STEPS = 4, 6, 4  # the third group of four lies on two ranks
 
+# the last case's trainer also serves the comparison with TRL's loss, so it has no objective terms
 CASES: dict[str, dict[str, object]] = {
     "dapo": {},
     "hapo": {"credit": {"type": "token_group_average"}, "objective": {"type": "hapo"}},
@@ -28,7 +32,7 @@ CASES: dict[str, dict[str, object]] = {
     "corrected": {
         "rollout": {"correction": {"mode": "mask", "clip_max": 1.1, "symmetric": True, "batch_normalize": True}}
     },
-    "dynamic": {"rollout": {"dynamic_sampling": {"metric": "even_length"}}, "objective": {"type": "hapo"}},
+    "dynamic": {"rollout": {"dynamic_sampling": {"metric": "even_length"}}},
 }
 
 
@@ -59,6 +63,38 @@ def arrange(ranks: int):
         return {name: value if value.ndim == 0 else value[order] for name, value in rows.items()}
 
     return in_rank_order
+
+
+def parity(trainer: CreditTrainer) -> dict[str, float]:
+    """Loss type -> largest difference to TRL's own loss, in loss and local gradients, on rows that differ by rank."""
+    generator = torch.Generator().manual_seed(trainer.accelerator.process_index)
+    rows, width = 4, 9
+    ids = torch.randint(3, 40, (rows, 5 + width), generator=generator)
+    mask = (torch.arange(width) < torch.randint(1, width + 1, (rows, 1), generator=generator)).long()
+    inputs = {
+        "prompt_ids": ids[:, :5],
+        "prompt_mask": torch.ones(rows, 5, dtype=torch.long),
+        "completion_ids": ids[:, 5:],
+        "completion_mask": mask,
+        "tool_mask": (torch.rand(rows, width, generator=generator) > 0.2).long(),
+        "advantages": torch.randn(rows, width, generator=generator),
+        "old_per_token_logps": -3.7 + 0.4 * torch.randn(rows, width, generator=generator),
+        "ref_per_token_logps": -3.7 + 0.2 * torch.randn(rows, width, generator=generator),
+        "num_items_in_batch": trainer.accelerator.gather(mask.sum()).sum() * 4,
+    }
+    trainer.beta, trainer.current_gradient_accumulation_steps = 0.1, 2
+    found = {}
+    for kind in LOSS_TYPES:
+        trainer.loss_type, trainer.loss_settings = kind, replace(trainer.loss_settings, loss_type=kind)
+        results = []
+        for compute in (GRPOTrainer._compute_loss, CreditTrainer._compute_loss):
+            trainer.model.zero_grad()
+            loss = compute(trainer, trainer.model, inputs)
+            loss.backward()
+            results.append([loss.detach(), *(p.grad.clone() for p in trainer.model.parameters())])
+        found[kind] = max((a - b).abs().max().item() for a, b in zip(*results, strict=True))
+        found[kind] = trainer.accelerator.gather(torch.tensor(found[kind])).max().item()
+    return found
 
 
 def main(folder: Path) -> None:
@@ -101,6 +137,7 @@ def main(folder: Path) -> None:
                 k: v.detach().clone() for k, v in trainer.accelerator.unwrap_model(trainer.model).named_parameters()
             },
         }
+    results["parity"] = parity(trainer)
     if trainer.accelerator.is_main_process:
         torch.save(results, folder / f"ranks{ranks}.pt")
 

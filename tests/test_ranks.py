@@ -44,8 +44,16 @@ def test_two_processes_equal_one(results, case):
         assert two["metrics"][name] == pytest.approx(value, abs=2e-5, rel=1e-4), name
 
 
+def test_our_loss_equals_trls_on_two_processes(results):
+    differences = results[1]["parity"]
+    assert len(differences) == 8
+    assert max(differences.values()) < 1e-6, differences
+
+
 def test_the_cases_differ_from_the_baseline(results):
     base = results[0]["dapo"]["parameters"]
     for case, result in results[0].items():
+        if case == "parity":
+            continue
         moved = max((result["parameters"][k] - v).abs().max().item() for k, v in base.items())
         assert (moved == 0) == (case == "dapo"), case

@@ -1,4 +1,4 @@
-"""Killed with SIGKILL and resumed equals never killed, bit for bit; damaged checkpoints are skipped, not half-loaded."""
+"""Killed with SIGKILL and resumed equals never killed, bit for bit; damaged checkpoints are skipped, never loaded."""
 
 import json
 import os

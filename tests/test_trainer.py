@@ -366,6 +366,14 @@ def test_one_update_per_rollout_warns_that_hapo_is_idle(tmp_path):
         make(tmp_path, objective={"type": "hapo"}, steps_per_generation=2)
 
 
+def test_a_signal_nobody_can_give_is_refused(tmp_path):
+    class Attentive:
+        needs, per_token = ("attention",), True
+
+    with pytest.raises(ConfigError, match="Attentive needs 'attention'.*entropy"):
+        make(tmp_path, credit=Attentive())
+
+
 def test_a_credit_method_that_breaks_its_contract_is_named(tmp_path):
     class Leaky:
         needs, per_token = (), True

@@ -58,6 +58,7 @@ def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has
     Raises:
         ConfigError: names both settings and what to change.
     """
+    _check_signals(doors)
     _check_credit(doors, args)
     _check_ratio_level(doors, args)
     _check_clipping(doors, args)
@@ -72,6 +73,21 @@ def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has
             "several times training.gradient_accumulation_steps.",
             stacklevel=3,
         )
+
+
+SIGNALS = frozenset({"entropy", "entropy_stats", "old_logps"})
+"""What the trainer can compute for a method."""
+
+
+def _check_signals(doors: Doors) -> None:
+    parts: list[Any] = [doors.credit, *doors.objective, *doors.rollout.decoding]
+    for part in parts:
+        unknown = sorted(set(part.needs) - SIGNALS)
+        if unknown:
+            raise ConfigError(
+                f"{type(part).__name__} needs {', '.join(map(repr, unknown))}, which the trainer cannot give; "
+                f"allowed in `needs`: {', '.join(sorted(SIGNALS))}"
+            )
 
 
 def _check_credit(doors: Doors, args: GRPOConfig) -> None:
