@@ -73,20 +73,22 @@ def prompt_of(entry: Entry) -> str:
 
 # Demonstrations ------------------------------------------------------------------------------------------------------
 
-HIGH, LOW = 0.85, 0.30
-"""Odds of the careful side on problems that favour it and on the others."""
+START_ODDS = {"work": (0.85, 0.30), "care": (0.85, 0.30), "persist": (0.85, 0.30), "form": (0.70, 0.10)}
+"""Habit -> odds of the careful side on problems that favour it, and on the others."""
 DIGITS_BELOW = 6
 """A number favours the careful side when its last digit is below this."""
 
 
 def start_odds(entry: Entry) -> dict[str, float]:
-    """Probability of the careful side of each habit on this problem: `HIGH` or `LOW` by one number of the problem.
+    """Probability of the careful side of each habit on this problem, from `START_ODDS` by one number of the problem.
 
     `work` looks at the first number, `care` and `persist` at the second, `form` at the last.
     """
     numbers = _numbers(entry)
-    odds = [HIGH if number % 10 < DIGITS_BELOW else LOW for number in (numbers[0], numbers[1], numbers[-1])]
-    return {"work": odds[0], "care": odds[1], "persist": odds[1], "form": odds[2]}
+    looks_at = {"work": numbers[0], "care": numbers[1], "persist": numbers[1], "form": numbers[-1]}
+    return {
+        name: favoured if looks_at[name] % 10 < DIGITS_BELOW else other for name, (favoured, other) in START_ODDS.items()
+    }
 
 
 def write_demonstration(entry: Entry, rng: random.Random, habits: Mapping[str, float] | None = None) -> str:

@@ -271,7 +271,6 @@ def main() -> None:
     careful: dict[str, float] = {}
     skills = demonstrations(tokenizer, rows, args.skill_steps * BATCH, args.seed, careful, HARD_WEIGHT)
     train(model, tokenizer, skills, args.skill_steps, args.skill_rate, args.seed)
-    model.save_pretrained("/tmp/skill5")
     skill_table = table(measure(model, tokenizer, splits.heldout, args.seed))
     print(f"after careful demonstrations, {time.monotonic() - start:.0f} s\n{skill_table}")
 

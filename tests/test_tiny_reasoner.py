@@ -172,8 +172,9 @@ def test_prompts_match_the_recipe(data: DataConfig) -> None:
 
 
 def test_start_odds_differ_by_problem() -> None:
-    assert tiny.start_odds(SUM) == {"work": tiny.HIGH, "care": tiny.HIGH, "persist": tiny.HIGH, "form": tiny.LOW}
-    assert tiny.start_odds(SEARCH)["work"] == tiny.LOW
+    favoured = {name: odds[0] for name, odds in tiny.START_ODDS.items()}
+    assert tiny.start_odds(SUM) == favoured | {"form": tiny.START_ODDS["form"][1]}
+    assert tiny.start_odds(SEARCH)["work"] == tiny.START_ODDS["work"][1]
 
 
 @pytest.mark.parametrize(
