@@ -167,8 +167,23 @@ def _print_completion(record: Mapping[str, Any]) -> None:
     rest = {key: value for key, value in record.items() if key not in texts and isinstance(value, int | float | str)}
     console.rule(style="dim")
     console.print(Text(texts["prompt"], style="dim"))
-    console.print(Text(texts["completion"]))
+    if record.get("credit") is None or record.get("tokens") is None:
+        console.print(Text(texts["completion"]))
+    else:
+        console.print(_by_credit(list(record["tokens"]), [float(value) for value in record["credit"]]))
     console.print(Text("  ".join(f"{key} {_short(value)}" for key, value in rest.items()), style="bold"))
+
+
+def _by_credit(tokens: Sequence[str], credit: Sequence[float]) -> Text:
+    """Tokens coloured by the credit the loss used, then the same as numbers: green pushes up, red down."""
+    strongest = max((abs(value) for value in credit), default=0.0) or 1.0
+    shown = Text()
+    for token, value in zip(tokens, credit, strict=True):
+        strength = round(200 * abs(value) / strongest)
+        colour = f"rgb(0,{strength},0)" if value > 0 else f"rgb({strength},0,0)"
+        shown.append(token, style=f"on {colour}" if value else "")
+    shown.append("\n" + " ".join(f"{token!r}:{value:+.2f}" for token, value in zip(tokens, credit, strict=True)), "dim")
+    return shown
 
 
 def _text(value: Any) -> str:

@@ -87,7 +87,8 @@ def start_odds(entry: Entry) -> dict[str, float]:
     numbers = _numbers(entry)
     looks_at = {"work": numbers[0], "care": numbers[1], "persist": numbers[1], "form": numbers[-1]}
     return {
-        name: favoured if looks_at[name] % 10 < DIGITS_BELOW else other for name, (favoured, other) in START_ODDS.items()
+        name: favoured if looks_at[name] % 10 < DIGITS_BELOW else other
+        for name, (favoured, other) in START_ODDS.items()
     }
 
 

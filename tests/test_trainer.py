@@ -243,7 +243,10 @@ def test_edge_cases_train_on_without_nan(tmp_path, doors, case):
 def test_the_completions_table_shows_the_credit_of_the_loss(tmp_path):
     trainer = train(tmp_path, log_completions=True, num_completions_to_print=0, **HAPO_DOORS)
     table = pd.read_parquet(tmp_path / "completions" / "completions_00003.parquet")
-    assert len(table) == 24 and {"prompt", "completion", "even_reward", "advantage", "credit"} <= set(table)
+    assert len(table) == 24 and {"prompt", "completion", "even_reward", "advantage", "tokens", "credit"} <= set(table)
+    for tokens, credit, text in zip(table["tokens"], table["credit"], table["completion"], strict=True):
+        visible = [token for token in tokens if token not in ("<pad>", "<eos>", "<unk>", " ")]
+        assert len(tokens) == len(credit) and "".join(visible) == text.replace(" ", "")
     lengths = [len(credit) for credit in table["credit"]]
     assert max(lengths) <= 8 and min(lengths) >= 1
     # C shrinks low-entropy tokens, so within most completions the credit is not constant

@@ -1,9 +1,10 @@
-"""The `credit` column of TRL's completions table: the advantage that the loss last used for every token."""
+"""The `tokens` and `credit` columns of TRL's completions table: the advantage the loss last used for every token."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,23 +13,27 @@ from torch import Tensor
 
 
 class CreditTable:
-    """Keeps the column in step with TRL's other columns, and up to date as updates use the rows.
+    """Keeps the columns in step with TRL's others, and the credit up to date as updates use the rows.
 
     A new generation batch enters with the credit of door 1; each update overwrites the rows it used, so that what an
     objective term made of the advantage is what the table shows. Every rank calls every method.
     """
 
-    def __init__(self, logs: dict[str, Any]) -> None:
+    def __init__(self, logs: dict[str, Any], decode: Callable[[list[int]], str]) -> None:
         self.logs = logs
         """TRL's bounded columns: prompt, completion, advantages, rewards by name, extra by name"""
+        self.text = cache(lambda token: decode([token]))
+        """token id -> its text"""
         self.cells: list[list[float]] = []
         """the column's cells of the current generation batch, all ranks in order"""
         self.used: dict[int, list[float]] = {}
         """local row -> what the loss used last"""
 
-    def add(self, credit: Tensor, mask: Tensor, updates_follow: bool) -> None:
-        """Append (B, T) credit of every rank; rows that updates will use replace the batch before."""
+    def add(self, ids: Tensor, credit: Tensor, mask: Tensor, updates_follow: bool) -> None:
+        """Append (B, T) tokens and credit of every rank; rows that updates will use replace the batch before."""
         cells = gather_object(rows_of(credit, mask))
+        tokens = [[self.text(i) for i in row[:n]] for row, n in zip(ids.tolist(), counted(mask), strict=True)]
+        self.logs["extra"]["tokens"].extend(gather_object(tokens))
         self.logs["extra"]["credit"].extend(cells)
         if updates_follow:
             self.cells, self.used = cells, {}
@@ -80,6 +85,10 @@ class CreditTable:
 
 def rows_of(values: Tensor, mask: Tensor) -> list[list[float]]:
     """One list per row, up to the last token that counts, rounded for the table."""
-    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()
     rows = values.detach().float().cpu().tolist()
-    return [[round(v, 5) for v in row[:n]] for row, n in zip(rows, lengths, strict=True)]
+    return [[round(v, 5) for v in row[:n]] for row, n in zip(rows, counted(mask), strict=True)]
+
+
+def counted(mask: Tensor) -> list[int]:
+    """(B, T) mask -> length of each row up to the last token that counts."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).tolist()

@@ -135,7 +135,7 @@ class CreditTrainer(GRPOTrainer):
             self._refill = RefillPrompts(len(self.train_dataset), self.args.seed)
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._rewards_per_func: Tensor | None = None
-        self._table = CreditTable(self._logs)
+        self._table = CreditTable(self._logs, self._tokenizer.decode)
 
     # ------------------------------------------------------------------ prompts
 
@@ -488,7 +488,7 @@ class CreditTrainer(GRPOTrainer):
         if self.log_completions:
             if mode == "train":
                 output["row"] = torch.arange(credit.size(0), device=credit.device)
-            self._table.add(credit, mask, updates_follow=mode == "train")
+            self._table.add(output["completion_ids"], credit, mask, updates_follow=mode == "train")
 
     def _show_trained_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
         """After dynamic sampling the table shows the rows that are trained, not the candidates."""
