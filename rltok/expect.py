@@ -42,10 +42,15 @@ _REDUCE: dict[str, Callable[[Sequence[float]], float]] = {
 
 
 class Outcome(NamedTuple):
-    """One expression and whether it held."""
+    """One expression and whether it held; None where a figure it reads was not measured."""
 
     expression: str
-    held: bool
+    held: bool | None
+    reason: str = ""
+
+
+class _Unmeasured(Exception):
+    """A key of the summary that has no value, such as `strict_before` without an evaluation before training."""
 
 
 def check_expectations(
@@ -53,16 +58,24 @@ def check_expectations(
 ) -> list[Outcome]:
     """Evaluate every expression over a run's summary and the lines of its metrics.
 
-    Raises:
-        ConfigError: an expression that is not in the small language, or a name that the run does not have.
+    An expression with a name that the run does not have fails; the run's results are not lost over it.
     """
     names: dict[str, Any] = {}
     for line in metrics:
         for key, value in line.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 names.setdefault(re.sub(r"\W", "_", key), []).append(float(value))
-    names |= {k: v for k, v in summary.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    return [Outcome(text, bool(_Evaluator(text, names).value())) for text in expressions]
+    names |= {k: v for k, v in summary.items() if v is None or isinstance(v, int | float) and not isinstance(v, bool)}
+    return [_outcome(text, names) for text in expressions]
+
+
+def _outcome(text: str, names: Mapping[str, Any]) -> Outcome:
+    try:
+        return Outcome(text, bool(_Evaluator(text, names).value()))
+    except _Unmeasured as missing:
+        return Outcome(text, None, f"{missing} was not measured")
+    except ConfigError as error:
+        return Outcome(text, False, str(error))
 
 
 def check_syntax(expression: str, path: str = "expect") -> None:
@@ -74,6 +87,8 @@ def check_syntax(expression: str, path: str = "expect") -> None:
     allowed = (ast.Expression, ast.BinOp, ast.UnaryOp, ast.Compare, ast.BoolOp, ast.Call, ast.Name, ast.Constant)
     small = (ast.operator, ast.unaryop, ast.cmpop, ast.boolop, ast.expr_context)
     for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and not isinstance(node.value, int | float):
+            raise ConfigError(f"{path}: {expression!r} may not use {node.value!r}; only numbers and names", path)
         if not isinstance(node, allowed + small):
             raise ConfigError(f"{path}: {expression!r} may not use {type(node).__name__}", path)
         if isinstance(node, ast.Call):
@@ -121,4 +136,6 @@ class _Evaluator:
     def _lookup(self, name: str) -> Any:
         if name not in self.names:
             raise ConfigError(f"expect: {self.text!r}: unknown name {name!r}{suggestion(name, self.names)}", "expect")
+        if self.names[name] is None:
+            raise _Unmeasured(name)
         return self.names[name]

@@ -516,7 +516,7 @@ def _finish(recipe: Recipe, run: RunDirectory, console: Console, steps: int, sec
     summary["expect"] = {outcome.expression: outcome.held for outcome in outcomes}
     write_json(run.summary, summary)
     _print_summary(summary, run, console, outcomes)
-    return 0 if all(outcome.held for outcome in outcomes) else 1
+    return 1 if any(outcome.held is False for outcome in outcomes) else 0
 
 
 def _means(run: RunDirectory, moment: Moment) -> dict[str, float]:
@@ -548,7 +548,9 @@ def _print_summary(
     for label, value in lines.items():
         console.print(f"{label:<15} {value}", highlight=False, soft_wrap=True)
     for outcome in outcomes:
-        console.print(f"expected: {outcome.expression} -> {'holds' if outcome.held else 'FAILS'}", highlight=False)
+        verdict = {True: "holds", False: "FAILS", None: "not checked"}[outcome.held]
+        reason = f" ({outcome.reason})" if outcome.reason else ""
+        console.print(f"expected: {outcome.expression} -> {verdict}{reason}", highlight=False, soft_wrap=True)
 
 
 def _percent(value: float | None) -> str:

@@ -325,8 +325,10 @@ def test_expectations() -> None:
     }
     outcomes = check_expectations(list(cases), summary, metrics)
     assert {o.expression: o.held for o in outcomes} == cases
-    with pytest.raises(ConfigError, match="unknown name 'rewrd'; did you mean 'reward'"):
-        check_expectations(["max(rewrd) > 0"], summary, metrics)
+    (unknown,) = check_expectations(["max(rewrd) > 0"], summary, metrics)
+    assert unknown.held is False and "unknown name 'rewrd'; did you mean 'reward'" in unknown.reason
+    (unmeasured,) = check_expectations(["strict_before > 0"], summary | {"strict_before": None}, metrics)
+    assert unmeasured.held is None and unmeasured.reason == "strict_before was not measured"
 
 
 @pytest.mark.parametrize(
@@ -335,7 +337,8 @@ def test_expectations() -> None:
 def test_expectations_evaluate_nothing_else(text: str) -> None:
     with pytest.raises(ConfigError):
         check_syntax(text)
-        check_expectations([text], {"reward": 1.0}, [])
+    (outcome,) = check_expectations([text], {"reward": 1.0}, [])
+    assert outcome.held is False
 
 
 def test_metrics_file_drops_cut_and_repeated_lines(tmp_path: Path) -> None:
