@@ -1,0 +1,44 @@
+"""How the two cuts of D3S relax: one linear ramp for rows and tokens over a fraction of training.
+
+    [N_p, K_p] = (1 - p) [N_init, K_init] + p [N_final, K_final]     p = min(1, step / total_steps)
+
+Source: arXiv 2509.22115, Sec. 3.3. Rounding of N (half up) and the clock (optimizer steps) are ours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class D3SSchedule:
+    """Rows and share of tokens to keep at a step; a pure function of the step, so that resuming needs no state.
+
+    Example: N 4 -> 16 and K 0.1 -> 1 give (4, 0.1), (7, 0.325), (10, 0.55), (16, 1.0) at p = 0, 0.25, 0.5, 1.
+    """
+
+    n_init: int
+    """rows at the start"""
+    n_final: int
+    """rows at the end; both at or above the number of rows: no selection"""
+    k_init: float
+    """share of tokens at the start, in (0, 1]"""
+    k_final: float
+    """share of tokens at the end; both 1: no selection"""
+    total_steps: int
+    """steps until the end values are reached"""
+
+    def __post_init__(self) -> None:
+        for name in ("n_init", "n_final"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be >= 0")
+        for name in ("k_init", "k_final"):
+            if not 0.0 < getattr(self, name) <= 1.0:
+                raise ValueError(f"{name}={getattr(self, name)} is not in (0, 1]")
+
+    def at(self, step: int) -> tuple[int, float]:
+        """(rows, share of tokens) at an optimizer step, counted from 0."""
+        p = min(1.0, max(0, step) / max(1, self.total_steps))
+        rows = (1 - p) * self.n_init + p * self.n_final
+        return math.floor(rows + 0.5), (1 - p) * self.k_init + p * self.k_final
