@@ -78,7 +78,7 @@ def test_functions_live_where_the_document_says():
     rows = re.findall(r"^\| (`.*) \| `(rltok[\w.]*)` \|$", text, flags=re.MULTILINE)
     assert len(rows) > 12
     for functions, module in rows:
-        for name in re.findall(r"`([A-Za-z_]+)", functions):
+        for name in re.findall(r"`(\w+)", functions):
             assert hasattr(importlib.import_module(module), name), (module, name)
 
 
