@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 import trl.trainer.grpo_trainer as grpo
-from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward, run_settings
 from trl import GRPOTrainer
 
 from rltok.objective import LOSS_TYPES
@@ -103,26 +103,9 @@ def main(folder: Path) -> None:
         tokenizer = build_tokenizer()
         ranks = int(os.environ.get("WORLD_SIZE", "1"))
         grpo.shuffle_sequence_dict = arrange(ranks)
-        args = CreditConfig(
-            output_dir=str(folder / f"{name}{ranks}"),
-            per_device_train_batch_size=PER_RANK * RANKS // ranks,
-            gradient_accumulation_steps=2,
-            steps_per_generation=STEPS,
-            num_generations=GROUP,
-            max_completion_length=12,
-            max_steps=4,
-            learning_rate=1e-3,
-            lr_scheduler_type="constant",
-            epsilon=0.2,
-            epsilon_high=0.28,
-            logging_steps=1,
-            report_to=[],
-            save_strategy="no",
-            use_cpu=True,
-            disable_tqdm=True,
-            bf16=False,
-            **doors,
-        )
+        shape = {"per_device_train_batch_size": PER_RANK * RANKS // ranks, "steps_per_generation": STEPS}
+        shape |= {"num_generations": GROUP, "max_completion_length": 12, "max_steps": 4, "learning_rate": 1e-3}
+        args = CreditConfig(**run_settings(folder / f"{name}{ranks}", **shape, lr_scheduler_type="constant", **doors))
         rewards = [even_reward, even_length]
         trainer = FixedRollouts(
             build_model(tokenizer), rewards, args, train_dataset=digit_dataset(48), processing_class=tokenizer

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
-from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward, run_settings
 from transformers import TrainerCallback
 
 from rltok.trainers import CreditConfig, CreditTrainer
@@ -44,27 +44,11 @@ class DiesWhileSaving(CreditTrainer):
 
 def main(folder: Path, how: str, when: int) -> None:
     tokenizer = build_tokenizer()
+    schedule = {"max_steps": 9, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    tables = {"log_completions": True, "num_completions_to_print": 0}
     args = CreditConfig(
-        output_dir=str(folder),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        steps_per_generation=6,  # three updates per rollout: a checkpoint every two steps cuts through the buffer
-        num_generations=4,
-        max_completion_length=10,
-        max_steps=9,
-        save_steps=2,
-        save_total_limit=2,
-        learning_rate=5e-3,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        delta=10.0,
-        logging_steps=1,
-        log_completions=True,
-        num_completions_to_print=0,
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=False,
+        # three updates per rollout: a checkpoint every two steps cuts through the buffer
+        **run_settings(folder, max_completion_length=10, delta=10.0, **schedule, **tables),
         credit={"type": "token_group_average"},
         objective={"type": "hapo"},
         rollout={

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 import torch
-from tests_support import build_model, build_tokenizer, digit_dataset, even_reward
+from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_settings
 from trl import GRPOConfig, GRPOTrainer
 
 from rltok.objective import LOSS_TYPES
@@ -15,24 +15,12 @@ B, P, T = 6, 5, 9
 
 def make_trainer(tmp_path, **settings):
     tokenizer = build_tokenizer()
-    defaults = dict(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=B,
-        gradient_accumulation_steps=2,
-        steps_per_generation=4,
-        num_generations=3,
-        max_completion_length=T,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-    )
+    shape = {"per_device_train_batch_size": B, "steps_per_generation": 4, "num_generations": 3}
+    shape |= {"max_completion_length": T, "gradient_checkpointing": False}
     trainer = CreditTrainer(
         build_model(tokenizer),
         even_reward,
-        CreditConfig(**(defaults | settings)),
+        CreditConfig(**run_settings(tmp_path, **(shape | settings))),
         train_dataset=digit_dataset(),
         processing_class=tokenizer,
     )

@@ -115,23 +115,12 @@ def test_large_files_are_digested_by_their_ends(tmp_path, monkeypatch):
 
 
 def test_another_shape_of_run_is_refused(whole, tmp_path):
-    from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+    from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward, run_settings
 
     from rltok.trainers import CreditConfig, CreditTrainer
 
     tokenizer = build_tokenizer()
-    args = CreditConfig(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=8,
-        gradient_accumulation_steps=2,
-        steps_per_generation=6,
-        num_generations=4,
-        max_steps=12,
-        report_to=[],
-        use_cpu=True,
-        bf16=False,
-        disable_tqdm=True,
-    )
+    args = CreditConfig(**run_settings(tmp_path, per_device_train_batch_size=8, max_steps=12))
     trainer = CreditTrainer(
         build_model(tokenizer),
         [even_reward, even_length],

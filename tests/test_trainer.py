@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 from datasets import Dataset
-from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward
+from tests_support import build_model, build_tokenizer, digit_dataset, even_length, even_reward, run_settings
 from trl import GRPOConfig, GRPOTrainer
 
 from rltok.config import ConfigError
@@ -20,34 +20,12 @@ HAPO_DOORS = {
 }
 
 
-def settings(tmp_path, **changes):
-    base = dict(
-        output_dir=str(tmp_path),
-        per_device_train_batch_size=4,
-        gradient_accumulation_steps=2,
-        steps_per_generation=6,
-        num_generations=4,
-        max_completion_length=8,
-        max_steps=3,
-        learning_rate=5e-3,
-        epsilon=0.2,
-        epsilon_high=0.28,
-        logging_steps=1,
-        report_to=[],
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        bf16=False,
-    )
-    return base | changes
-
-
 def make(tmp_path, cls=CreditTrainer, rewards=even_reward, dataset=None, eval_dataset=None, **changes):
     doors = {name: changes.pop(name) for name in ("credit", "objective", "rollout") if name in changes}
     tokenizer = build_tokenizer()
     config = GRPOConfig if cls is GRPOTrainer else CreditConfig
     dataset = dataset if dataset is not None else digit_dataset()
-    args = config(**settings(tmp_path, **changes))
+    args = config(**run_settings(tmp_path, **changes))
     data = {"train_dataset": dataset, "eval_dataset": eval_dataset, "processing_class": tokenizer}
     return cls(build_model(tokenizer), rewards, args, **data, **doors)
 
@@ -264,7 +242,7 @@ def test_plain_python_use_like_trls(tmp_path):
     trainer = CreditTrainer(
         model=build_model(tokenizer),
         reward_funcs=even_reward,
-        args=GRPOConfig(**settings(tmp_path, max_steps=1)),
+        args=GRPOConfig(**run_settings(tmp_path, max_steps=1)),
         train_dataset=digit_dataset(),
         processing_class=tokenizer,
         objective=[HAPO(alpha=0.5)],
@@ -275,7 +253,7 @@ def test_plain_python_use_like_trls(tmp_path):
         CreditTrainer(
             build_model(tokenizer),
             even_reward,
-            CreditConfig(**settings(tmp_path), objective={"type": "hapo"}),
+            CreditConfig(**run_settings(tmp_path), objective={"type": "hapo"}),
             train_dataset=digit_dataset(),
             processing_class=tokenizer,
             objective=HAPO(),
@@ -301,7 +279,7 @@ def test_lora(tmp_path):
     trainer = CreditTrainer(
         build_model(tokenizer),
         even_reward,
-        CreditConfig(**settings(tmp_path, max_steps=4), **HAPO_DOORS),
+        CreditConfig(**run_settings(tmp_path, max_steps=4), **HAPO_DOORS),
         train_dataset=digit_dataset(),
         processing_class=tokenizer,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]),

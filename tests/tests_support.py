@@ -10,6 +10,29 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 CHARACTERS = "0123456789+-=*/ abcdefghijklmnopqrstuvwxyz<>?.,:\n"
 
 
+def run_settings(folder: object, **changes: object) -> dict:
+    """Settings of a tiny training run on the CPU: three updates per rollout, each of two micro-batches."""
+    settings: dict[str, object] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "steps_per_generation": 6,
+        "num_generations": 4,
+        "max_completion_length": 8,
+        "max_steps": 3,
+        "learning_rate": 5e-3,
+        "epsilon": 0.2,
+        "epsilon_high": 0.28,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+    }
+    return settings | changes
+
+
 def build_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character."""
     vocabulary = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {c: i + 3 for i, c in enumerate(CHARACTERS)}
