@@ -174,11 +174,11 @@ class Size:
 
 def measure(config: ModelConfig, kv_bytes: int = 4) -> Size:
     """Parameter counts from the model's configuration alone (no weights are read or allocated)."""
-    from accelerate import init_empty_weights
+    import torch
     from transformers import AutoModelForCausalLM
 
     found = load_model_config(config)
-    with init_empty_weights():
+    with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(found, trust_remote_code=config.trust_remote_code)
         model.tie_weights()
         total = sum(p.numel() for p in model.parameters())

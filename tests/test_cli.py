@@ -113,13 +113,14 @@ def test_check_prints_the_effective_configuration_and_estimates(
     from rltok.recipe import load_recipe
 
     monkeypatch.chdir(tmp_path)
-    assert run_cli("check", "demo", "seed=3", "training.steps_per_generation=8", "training.max_steps=80") == 0
+    shape = ["training.per_device_train_batch_size=64", "training.steps_per_generation=8", "training.max_steps=80"]
+    assert run_cli("check", "demo", "seed=3", *shape) == 0
     shown = capsys.readouterr().out
     text, _, estimates = shown.partition("\nrollout: 512 completions")
     assert "of 32 prompts (16 each), at most 40,960 tokens" in estimates
     assert "updates: 8 per rollout, each of 64 completions" in estimates
     assert "steps: 80 updates in 10 rollouts" in estimates
-    assert "parameters: " in estimates and "memory" in estimates
+    assert "parameters: 806,656, of which 806,656 are trained" in estimates and "memory" in estimates
     assert "num_iterations: 1" in text, "TRL's own defaults are part of the effective configuration"
     (tmp_path / "shown.yaml").write_text(text)
     again = load_recipe(tmp_path / "shown.yaml")
