@@ -158,7 +158,9 @@ def _terms(*names):
     return tuple(OBJECTIVE[name]() for name in names)
 
 
-@pytest.mark.parametrize("name", ["_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions"])
+@pytest.mark.parametrize(
+    "name", ["_generate_single_turn", "_calculate_rewards", "_generate_and_score_completions", "_run_epoch"]
+)
 def test_trl_still_has_the_methods_we_wrap(name):
     assert callable(getattr(GRPOTrainer, name))
 

@@ -56,6 +56,17 @@ def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, how, expected):
         pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / table), pd.read_parquet(folder / table))
 
 
+def test_a_run_killed_after_its_last_checkpoint_trains_no_further(whole, tmp_path):
+    folder, reference = whole
+    shutil.copytree(folder / "checkpoint-9", tmp_path / "checkpoint-9")
+    resumed = work(tmp_path, "resume")
+    assert resumed.returncode == 0, resumed.stderr[-3000:]
+    final = torch.load(tmp_path / "final.pt")
+    assert final["from"] == "checkpoint-9" and final["log"] == reference["log"]
+    for name, value in reference["parameters"].items():
+        assert torch.equal(final["parameters"][name], value), name
+
+
 def test_the_run_crossed_an_epoch(whole):
     assert whole[1]["log"][-1]["epoch"] > 1
 

@@ -142,6 +142,13 @@ class CreditTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         return EpochRepeatSampler.like(super()._get_train_sampler(dataset))
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        # transformers would train one step beyond the end when a run is resumed from its last checkpoint
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
     # ------------------------------------------------------------------ door 3: rollout
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
