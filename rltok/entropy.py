@@ -94,7 +94,7 @@ def signal_from_log(log_h: Tensor, stats: EntropyStats, sign: Sign = "signed") -
     """h of a log-entropy tensor of any shape, clamped to [-1, 1] ([0, 1] for `sign="released"`)."""
     if sign not in ("signed", "released"):
         raise ValueError(f"sign={sign!r} is unknown; allowed: 'signed', 'released'")
-    pivot, low, high = (x.to(log_h) for x in (stats.pivot, stats.low, stats.high))
+    pivot, low, high = (torch.as_tensor(x).to(log_h) for x in (stats.pivot, stats.low, stats.high))
     deviation = log_h - pivot
     zero = torch.zeros((), dtype=log_h.dtype, device=log_h.device)
     # where() on the divisor keeps 0/0 out: with a degenerate side every in-batch deviation on it is 0,

@@ -300,8 +300,9 @@ def test_auto_is_decided_by_the_sampler():
     assert auto.resolve(sampler_is_modified=True).mode == "truncate"
     assert CorrectionConfig(level="geometric").resolve(sampler_is_modified=True).mode == "mask"
     assert CorrectionConfig(mode="mask").resolve(sampler_is_modified=False).mode == "mask"
-    with pytest.raises(ValueError, match="resolve"):
-        rollout_weights(OLD, MU, ONES, auto)
+    plain, explicit = CorrectionConfig(), CorrectionConfig(mode="truncate")
+    asked = (rollout_weights(OLD, MU, ONES, config).weight for config in (plain, explicit))
+    assert torch.equal(*asked), "who asks for weights gets them"
     with pytest.raises(ValueError, match="shapes differ"):
         rollout_weights(OLD, MU[:, :2], ONES, CorrectionConfig(mode="off"))
 

@@ -127,7 +127,7 @@ def rollout_weights(
         log_old: (B, T) log-probabilities of the tokens under the learner at generation time, nats.
         log_mu: (B, T) under the distribution that drew them; NaN where unknown.
         mask: (B, T) 1 where the policy chose the token; values elsewhere do not matter.
-        cfg: with `mode` decided (see `CorrectionConfig.resolve`).
+        cfg: `mode: auto` corrects here; who asks for weights has decided that the sampler is modified.
         reduce: totals over ranks; None for one rank. Called twice on every rank.
 
     Returns:
@@ -138,10 +138,9 @@ def rollout_weights(
         `vetoed`, share of completions; after bounds and normalisation `weight_mean` and `weight_ess`.
 
     Raises:
-        ValueError: undecided mode, or shapes that differ.
+        ValueError: shapes that differ.
     """
-    if cfg.mode == "auto":
-        raise ValueError("mode='auto' is undecided: call CorrectionConfig.resolve(sampler_is_modified) first")
+    cfg = cfg.resolve(True)
     if not log_old.shape == log_mu.shape == mask.shape:
         raise ValueError(
             f"shapes differ: log_old {tuple(log_old.shape)}, log_mu {tuple(log_mu.shape)}, mask {tuple(mask.shape)}"

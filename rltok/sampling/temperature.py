@@ -69,7 +69,8 @@ def adaptive_temperature(
         return torch.full_like(log_h, base)
     if form == "bounded":
         return base * (1 + tau * signal_from_log(log_h, stats, sign))
-    z_score = (log_h - stats.pivot.to(log_h)) / stats.sigma.to(log_h)
+    pivot, sigma = (torch.as_tensor(x).to(log_h) for x in (stats.pivot, stats.sigma))
+    z_score = (log_h - pivot) / sigma
     return base * (1 + tau * z_score).clamp(min=ZSCORE_FLOOR)
 
 
