@@ -205,9 +205,11 @@ def methods() -> None:
     from rltok.rewards import REWARDS
     from rltok.rollout import RolloutConfig
     from rltok.sampling import DECODING
+    from rltok.selection import SELECTION
 
     doors: dict[str, Mapping[str, Any]] = {
         "credit: {type: ...}": CREDIT,
+        "selection: {type: ...}": SELECTION,
         "objective: {type: ...}": OBJECTIVE,
         "rollout.decoding: [{type: ...}]": DECODING,
         "rewards.<name>.function": REWARDS,

@@ -30,7 +30,7 @@ def check_combination(recipe: Recipe) -> CreditConfig:
     rewards = build_rewards(recipe.rewards)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(recipe, folder, rewards.weights)
-    check_doors(build_doors(recipe.credit, recipe.objective, recipe.rollout), args, rewards.names)
+    check_doors(build_doors(recipe.credit, recipe.objective, recipe.rollout, recipe.selection), args, rewards.names)
     return args
 
 

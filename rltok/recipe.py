@@ -37,6 +37,7 @@ SECTIONS = (
     "rewards",
     "rollout",
     "credit",
+    "selection",
     "objective",
     "training",
     "evaluation",
@@ -54,6 +55,7 @@ ELSEWHERE = {
     "credit": "`credit`",
     "objective": "`objective`",
     "rollout": "`rollout`",
+    "selection": "`selection`",
     "report_to": "`report.to`",
     "log_completions": "`report.completions`",
     "num_completions_to_print": "`rltok show RUN`",
@@ -133,6 +135,7 @@ class Recipe:
     rewards: Any = field(default_factory=dict)
     rollout: dict[str, Any] | None = None
     credit: dict[str, Any] | None = None
+    selection: dict[str, Any] | None = None
     objective: dict[str, Any] | list[Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
@@ -463,13 +466,16 @@ def _check_training(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_doors(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The sections of the three doors with the defaults of their methods filled in."""
+    """The sections of the doors with the defaults of their methods filled in."""
     from rltok.credit import CREDIT
     from rltok.objective import OBJECTIVE
+    from rltok.selection import SELECTION
 
     doors: dict[str, Any] = {}
     if "credit" in values:
         doors["credit"] = _filled(CREDIT, values["credit"], "credit")
+    if "selection" in values:
+        doors["selection"] = _filled(SELECTION, values["selection"], "selection")
     if "objective" in values:
         terms = values["objective"]
         if isinstance(terms, list):

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rltok.config import ConfigError, build, build_typed, join
 from rltok.correction import CorrectionConfig
 from rltok.sampling import DECODING, DecodingModule
+from rltok.selection.prompts import PromptSkippingConfig
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class RolloutConfig:
     """Weights between the sampler and the learner."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Refill groups whose metric is constant; null trains on them as they are."""
+    prompt_skipping: PromptSkippingConfig | None = None
+    """Skip prompts that were lately solved always or never, before they cost a rollout; null visits every prompt."""
     record_logps: Literal["auto", "always", "never"] = "auto"
     """Record the log-probability of every sampled token; `auto` exactly when the correction uses it."""
     strict: bool = True

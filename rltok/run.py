@@ -183,6 +183,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
             run_name=f"{recipe.name}-seed{recipe.seed}",
             reward_weights=list(reward_weights),
             credit=recipe.credit,
+            selection=recipe.selection,
             objective=recipe.objective,
             rollout=recipe.rollout,
             report_to=list(recipe.report.to) or "none",

@@ -26,8 +26,13 @@ class Divisors:
     """micro-batches in this optimizer step"""
     tokens: Tensor | float = 1.0
     """tokens of one accumulation window on one rank (`dapo`, `cispo`, `vespo`)"""
-    token_budget: int = 1
+    token_budget: Tensor | float = 1
     """`max_completion_length` (`dr_grpo`)"""
+    rows: Tensor | float | None = None
+    """completions of one accumulation window on one rank, for the means over completions; None: those of this
+    micro-batch times `accumulation`"""
+    row_tokens: Tensor | None = None
+    """(B,) tokens of each completion (`grpo`, `sapo`); None: the masked-in ones"""
 
 
 def aggregate(token_loss: Tensor, mask: Tensor, loss_type: str, divisors: Divisors) -> Tensor:
@@ -42,16 +47,18 @@ def aggregate(token_loss: Tensor, mask: Tensor, loss_type: str, divisors: Diviso
     Raises:
         ValueError: unknown loss type.
     """
+    if loss_type not in LOSS_TYPES:
+        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed: {', '.join(LOSS_TYPES)}")
     if loss_type in TOKEN_NORMALISED:
         return (token_loss * mask).sum() / divisors.tokens
+    if loss_type == "bnpo":
+        return (token_loss * mask).sum() / mask.sum().clamp(min=1.0) / divisors.accumulation
+    rows = (token_loss * mask).sum(-1)
     if loss_type in ("grpo", "sapo"):
-        loss = ((token_loss * mask).sum(-1) / mask.sum(-1).clamp(min=1.0)).mean()
-    elif loss_type == "bnpo":
-        loss = (token_loss * mask).sum() / mask.sum().clamp(min=1.0)
-    elif loss_type == "dr_grpo":
-        loss = (token_loss * mask).sum() / (token_loss.size(0) * divisors.token_budget)
-    elif loss_type == "luspo":
-        loss = (token_loss * mask).sum(-1).mean()
-    else:
-        raise ValueError(f"loss_type={loss_type!r} is unknown; allowed: {', '.join(LOSS_TYPES)}")
-    return loss / divisors.accumulation
+        counts = mask.sum(-1) if divisors.row_tokens is None else divisors.row_tokens
+        rows = rows / counts.clamp(min=1.0)
+    if loss_type == "dr_grpo" and divisors.rows is None:
+        return rows.sum() / (rows.size(0) * divisors.token_budget) / divisors.accumulation
+    if loss_type == "dr_grpo":
+        rows = rows / divisors.token_budget
+    return rows.mean() / divisors.accumulation if divisors.rows is None else rows.sum() / divisors.rows

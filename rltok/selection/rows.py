@@ -82,6 +82,15 @@ def select_rollouts(
     return candidates[order[kept[label[order], column]]].sort().values
 
 
+def first_of_each_group(groups: Tensor, count: int) -> Tensor:
+    """(n,) group labels in any order -> positions of the first `count` rows of every label, ascending."""
+    order = torch.argsort(groups, stable=True)
+    _, sizes = torch.unique_consecutive(groups[order], return_counts=True)
+    starts = (sizes.cumsum(0) - sizes).repeat_interleave(sizes)
+    rank = torch.arange(order.numel(), device=groups.device) - starts
+    return order[rank < count].sort().values
+
+
 def _subset_of_rows(values: Tensor, lengths: Tensor, k: int) -> Tensor:
     """(R, n) values of which the first `lengths` (R,) count -> (R, n) True where kept; k per row."""
     if k < 0:

@@ -1,14 +1,22 @@
-"""How the two cuts of D3S relax: one linear ramp for rows and tokens over a fraction of training.
+"""How the two cuts of D3S relax: one ramp for rows and tokens over a part of training.
 
-    [N_p, K_p] = (1 - p) [N_init, K_init] + p [N_final, K_final]     p = min(1, step / total_steps)
+    [N_p, K_p] = (1 - f(p)) [N_init, K_init] + f(p) [N_final, K_final]     p = min(1, step / total_steps)
 
-Source: arXiv 2509.22115, Sec. 3.3. Rounding of N (half up) and the clock (optimizer steps) are ours.
+    linear   f(p) = p                         the paper's
+    cosine   f(p) = (1 - cos(pi p)) / 2       slow at both ends
+    step     f(p) = 0 before p = 1, then 1    the start values, then the end values
+
+Source: arXiv 2509.22115, Sec. 3.3. Rounding of N (half up), the clock (optimizer steps) and the other shapes are ours.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
+
+Shape = Literal["linear", "cosine", "step"]
+SHAPES: tuple[str, ...] = ("linear", "cosine", "step")
 
 
 @dataclass(frozen=True)
@@ -18,16 +26,18 @@ class D3SSchedule:
     Example: N 4 -> 16 and K 0.1 -> 1 give (4, 0.1), (7, 0.325), (10, 0.55), (16, 1.0) at p = 0, 0.25, 0.5, 1.
     """
 
-    n_init: int
-    """rows at the start"""
-    n_final: int
+    n_init: float
+    """rows at the start; may be a fraction of a row, the value at a step is rounded"""
+    n_final: float
     """rows at the end; both at or above the number of rows: no selection"""
     k_init: float
     """share of tokens at the start, in (0, 1]"""
     k_final: float
     """share of tokens at the end; both 1: no selection"""
-    total_steps: int
+    total_steps: float
     """steps until the end values are reached"""
+    shape: Shape = "linear"
+    """how the values move between start and end"""
 
     def __post_init__(self) -> None:
         for name in ("n_init", "n_final"):
@@ -36,9 +46,15 @@ class D3SSchedule:
         for name in ("k_init", "k_final"):
             if not 0.0 < getattr(self, name) <= 1.0:
                 raise ValueError(f"{name}={getattr(self, name)} is not in (0, 1]")
+        if self.shape not in SHAPES:
+            raise ValueError(f"shape={self.shape!r} is unknown; allowed: {', '.join(SHAPES)}")
 
     def at(self, step: int) -> tuple[int, float]:
         """(rows, share of tokens) at an optimizer step, counted from 0."""
         p = min(1.0, max(0, step) / max(1, self.total_steps))
+        if self.shape == "cosine":
+            p = (1 - math.cos(math.pi * p)) / 2
+        elif self.shape == "step":
+            p = float(p >= 1)
         rows = (1 - p) * self.n_init + p * self.n_final
         return math.floor(rows + 0.5), (1 - p) * self.k_init + p * self.k_final

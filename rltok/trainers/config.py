@@ -1,4 +1,4 @@
-"""`CreditConfig`: TRL's GRPOConfig plus the sections of the three doors."""
+"""`CreditConfig`: TRL's GRPOConfig plus the sections of the doors."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from trl import GRPOConfig
 class CreditConfig(GRPOConfig):
     """Every setting of TRL's `GRPOConfig`, with TRL's defaults, and one mapping per door.
 
-    Left at None, the three doors are TRL's own behaviour: group-relative credit, the loss that `loss_type` names,
-    plain sampling.
+    Left at None, the doors are TRL's own behaviour: group-relative credit, every rollout and token trained, the loss
+    that `loss_type` names, plain sampling.
     """
 
     credit: dict[str, Any] | None = field(default=None, metadata={"help": "credit section, {type: ..., **options}"})
     objective: Any = field(default=None, metadata={"help": "objective section, a mapping or a list of mappings"})
     rollout: dict[str, Any] | None = field(default=None, metadata={"help": "rollout section"})
+    selection: dict[str, Any] | None = field(
+        default=None, metadata={"help": "selection section, {type: ..., **options}"}
+    )

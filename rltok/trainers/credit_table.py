@@ -27,7 +27,7 @@ class CreditTable:
         self.cells: list[list[float]] = []
         """the column's cells of the current generation batch, all ranks in order"""
         self.used: dict[int, list[float]] = {}
-        """local row -> what the loss used last"""
+        """row in the order of all ranks -> what the loss used last on this rank"""
 
     def add(self, ids: Tensor, credit: Tensor, mask: Tensor, updates_follow: bool) -> None:
         """Append (B, T) tokens and credit of every rank; rows that updates will use replace the batch before."""
@@ -39,18 +39,17 @@ class CreditTable:
             self.cells, self.used = cells, {}
 
     def remember(self, rows: Tensor, advantages: Tensor, mask: Tensor) -> None:
-        """(B,) local row numbers of a micro-batch and the (B, T) advantages its loss used."""
-        self.used |= dict(zip(rows.tolist(), rows_of(advantages, mask), strict=True))
+        """(B,) row numbers of a micro-batch (below 0: no row) and the (B, T) advantages its loss used."""
+        used = zip(rows.tolist(), rows_of(advantages, mask), strict=True)
+        self.used |= {row: values for row, values in used if row >= 0}
 
     def refresh(self) -> None:
         """Write what was used into the column."""
         if not self.cells:
             return
-        ranks = gather_object([self.used])
-        share = len(self.cells) // len(ranks)
-        for rank, used in enumerate(ranks):
+        for used in gather_object([self.used]):
             for row, values in used.items():
-                self.cells[rank * share + row][:] = values
+                self.cells[row][: len(values)] = values  # a tail that selection cut off stays as it was, 0
 
     def replace(self, columns: Mapping[str, Sequence[Any]], rewards: Mapping[str, Sequence[float]]) -> None:
         """Show other rows than TRL logged; columns that rewards logged belong to the others and are dropped."""

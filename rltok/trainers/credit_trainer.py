@@ -1,10 +1,11 @@
-"""`CreditTrainer`: TRL's GRPOTrainer with three doors, credit, objective and rollout.
+"""`CreditTrainer`: TRL's GRPOTrainer with doors for credit, selection, objective and rollout.
 
 The trainer knows TRL, ranks and logging; the methods behind the doors know none of them. It overrides
 
     _generate_single_turn               door 3: processors and the recorder around TRL's own generation
     _calculate_rewards                  keeps the rewards of all ranks by function
-    _generate_and_score_completions     dynamic sampling, correction, signals, door 1
+    _generate_and_score_completions     dynamic sampling, correction, signals, door 1, selection
+    _prepare_inputs, training_step      micro-batches of the selected rows, in place of TRL's cut
     _compute_loss                       door 2, composed from `rltok.objective`
     _save_checkpoint, _load_optimizer_and_scheduler    exact resume
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,6 +27,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
+from transformers.utils import is_peft_available
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
@@ -46,13 +49,17 @@ from rltok.objective import (
 from rltok.objective.aggregate import CLIPPED, TOKEN_NORMALISED
 from rltok.rollout import RolloutConfig
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingContext, SampledLogps, make_processors, sampling_control
+from rltok.selection import SelectionMethod
 from rltok.trainers.checkpoint import write_manifest
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
-from rltok.trainers.doors import build_doors, check_doors
+from rltok.trainers.doors import build_doors, check_doors, needs_whole_rows
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
+from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import EpochRepeatSampler, RefillPrompts, local_share
+from rltok.trainers.scoring import kept_positions
+from rltok.trainers.selection import RolloutSelector, Rows, Selected, UpdateShape, trimmed, valid_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +85,9 @@ class CreditTrainer(GRPOTrainer):
 
     Args:
         credit: a credit method, or a section such as `{"type": "token_group_average"}`.
+        selection: a selection method, or a section such as `{"type": "d3s"}`.
         objective: an objective term, a section such as `{"type": "hapo"}`, or a list of them, applied in order.
-        rollout: `RolloutConfig`, or a section with `decoding`, `correction`, `dynamic_sampling`.
+        rollout: `RolloutConfig`, or a section with `decoding`, `correction`, `dynamic_sampling`, `prompt_skipping`.
 
     A door may be set here or in `CreditConfig`, not in both. All at None is GRPOTrainer.
 
@@ -98,6 +106,9 @@ class CreditTrainer(GRPOTrainer):
     entropy_coef: float
     _last_world_entropy: float
     _entropy_window_stats: Tensor | None
+    # TRL's micro-batches of the current rollout, and its clock of an optimizer step.
+    _buffered_inputs: list[Any] | None
+    _current_train_step_time: float
 
     def __init__(
         self,
@@ -108,12 +119,14 @@ class CreditTrainer(GRPOTrainer):
         credit: CreditMethod | Mapping[str, Any] | None = None,
         objective: ObjectiveTerm | Mapping[str, Any] | Sequence[Any] | None = None,
         rollout: RolloutConfig | Mapping[str, Any] | None = None,
+        selection: SelectionMethod | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         self.doors = build_doors(
             _only_one("credit", args, credit),
             _only_one("objective", args, objective),
             _only_one("rollout", args, rollout),
+            _only_one("selection", args, selection),
         )
         if args is not None:
             names = [_reward_name(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
@@ -126,15 +139,30 @@ class CreditTrainer(GRPOTrainer):
         self._gather = RaggedGather(self.accelerator)
         self._sampler_stats: EntropyStats | None = None
         self._refill: RefillPrompts | None = None
-        if self.doors.rollout.dynamic_sampling is not None:
+        self._skipping: SkippedPrompts | None = None
+        self._visits: list[tuple[list[str], Tensor]] = []
+        rollout_section = self.doors.rollout
+        for setting in ("dynamic_sampling", "prompt_skipping"):
+            if getattr(rollout_section, setting) is None:
+                continue
             if not hasattr(self.train_dataset, "__getitem__"):
                 raise ValueError(
-                    "rollout.dynamic_sampling draws replacement prompts by index, which an iterable train_dataset "
-                    "does not allow. Pass a Dataset, or unset rollout.dynamic_sampling."
+                    f"rollout.{setting} draws replacement prompts by index, which an iterable train_dataset "
+                    f"does not allow. Pass a Dataset, or unset rollout.{setting}."
                 )
             self._refill = RefillPrompts(len(self.train_dataset), self.args.seed)
+        if rollout_section.prompt_skipping is not None:
+            assert self._refill is not None
+            self._skipping = SkippedPrompts(
+                rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
+            )
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
+        self._postponed = False
         self._rewards_per_func: Tensor | None = None
+        self._trained_tokens = 0
+        self._selector = self._build_selector()
+        self._selected: Selected | None = None
+        self._rollout = _RolloutState()
         self._table = CreditTable(self._logs, self._tokenizer.decode)
 
     # ------------------------------------------------------------------ prompts
@@ -176,6 +204,11 @@ class CreditTrainer(GRPOTrainer):
 
     def _get_per_token_logps_and_entropies(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         # While a batch is scored, the old policy's entropies come with the log-probabilities TRL computes anyway.
+        if self._postponed:  # the old policy's pass comes first; after selection it runs on the kept rows only
+            self._postponed = False
+            ids, width = (args[0] if args else kwargs["input_ids"]), (args[2] if len(args) > 2 else None)
+            width = kwargs["logits_to_keep"] if width is None else width
+            return torch.zeros(ids.size(0), width, device=ids.device), None, None
         capturing = self._scored is not None and model is self.model
         if capturing:
             kwargs["compute_entropy"] = True
@@ -185,19 +218,39 @@ class CreditTrainer(GRPOTrainer):
             self._scored.append((output[0], output[1]))
         return output
 
-    def _score_once(self, inputs: Any) -> dict[str, Any]:
-        """TRL's generation and scoring, plus this rank's rewards by function and whatever signals are needed."""
-        needs = self.doors.needs
+    @property
+    def _reads_scores(self) -> bool:
+        """True if something reads the old policy's scores of all rows."""
         corrects = self.doors.rollout.resolved_correction.mode != "off"
-        wants_scores = corrects or bool(needs & {"entropy", "entropy_stats", "old_logps"})
+        return corrects or bool(self.doors.needs & {"entropy", "entropy_stats", "old_logps"})
+
+    @property
+    def _ratio_needs_old(self) -> bool:
+        """True if TRL scores the old policy: a rollout serves several updates, or vLLM sampled it."""
+        rollout = self.args.steps_per_generation * self.num_iterations
+        return self.args.gradient_accumulation_steps % rollout != 0 or self._corrects_vllm
+
+    @property
+    def _corrects_vllm(self) -> bool:
+        return self.use_vllm and self.vllm_importance_sampling_correction
+
+    def _score_once(self, inputs: Any, postpone: bool = False) -> dict[str, Any]:
+        """TRL's generation and scoring, plus this rank's rewards by function and whatever signals are needed.
+
+        `postpone` leaves the old policy's log-probabilities at 0 for now.
+        """
+        wants_scores = self._reads_scores
         self._scored = [] if wants_scores else None
+        self._postponed = postpone and self._ratio_needs_old
         try:
             output = super()._generate_and_score_completions(inputs)
             scored = self._scored
         finally:
-            self._scored = None
+            self._scored, self._postponed = None, False
         rows = output["completion_ids"].size(0)
         assert self._rewards_per_func is not None
+        if self._skipping is not None and self.model.training:
+            self._visits.append((self._skipping.ids, self._rewards_per_func))
         first = self.accelerator.process_index * rows
         output["rewards_per_func"] = self._rewards_per_func[first : first + rows]
         if wants_scores:
@@ -220,10 +273,15 @@ class CreditTrainer(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
-        if mode == "train" and self._refill is not None:
-            output = self._sample_until_full(inputs)
+        budget, postpone = self._selection_budget(len(inputs) * self.accelerator.num_processes, mode)
+        if mode == "train" and self._skipping is not None:
+            inputs = self._skipping.replace(inputs, self.num_generations)
+        if mode == "train" and self.doors.rollout.dynamic_sampling is not None:
+            output = self._sample_until_full(inputs, postpone)
         else:
-            output = self._score_once(inputs)
+            output = self._score_once(inputs, postpone)
+        if mode == "train" and self._skipping is not None:
+            self._learn_from_visits(self._skipping)
         rewards_per_func = output.pop("rewards_per_func")
         scored_logps = output.pop("scored_logps", None)
         entropy = output.pop("scored_entropy", None)
@@ -234,10 +292,13 @@ class CreditTrainer(GRPOTrainer):
         batch = self._token_batch(output, mask, rewards_per_func, scored_logps, entropy, stats)
         credit = self.doors.credit(batch)
         check_credit(credit, batch, type(self.doors.credit).__name__)
-        if self.log_completions and mode == "train" and self._refill is not None:
+        if self.log_completions and mode == "train" and self.doors.rollout.dynamic_sampling is not None:
             self._show_trained_rows(output, batch)
         output["advantages"] = credit
-        self._log_credit(output, credit, mask, mode)
+        shown = credit
+        if budget is not None:
+            shown = self._select(output, batch, credit, entropy, budget, postpone)
+        self._log_credit(output, credit, shown, mask, mode)
         return output
 
     def _token_batch(
@@ -313,9 +374,21 @@ class CreditTrainer(GRPOTrainer):
                 config.clip_max,
             )
 
-    # ------------------------------------------------------------------ dynamic sampling
+    # ------------------------------------------------------------------ dynamic sampling, prompt skipping
 
-    def _sample_until_full(self, inputs: list[Any]) -> dict[str, Any]:
+    def _learn_from_visits(self, skipping: SkippedPrompts) -> None:
+        """Enter the rewards of every group of this batch, those that dynamic sampling dropped included."""
+        config = self.doors.rollout.prompt_skipping
+        assert config is not None
+        column = self.reward_func_names.index(config.metric)
+        ids = [identity for group, _ in self._visits for identity in group]
+        rewards = torch.cat([values[:, column] for _, values in self._visits])
+        self._visits = []
+        values = skipping.record(ids, rewards, self.num_generations, self.state.epoch or 0.0)
+        for name, value in (values | skipping.metrics).items():
+            self._metrics["train"][f"prompt_skipping/{name}"].append(value)
+
+    def _sample_until_full(self, inputs: list[Any], postpone: bool) -> dict[str, Any]:
         dynamic, refill = self.doors.rollout.dynamic_sampling, self._refill
         assert dynamic is not None and refill is not None
         column = self.reward_func_names.index(dynamic.metric)
@@ -325,7 +398,7 @@ class CreditTrainer(GRPOTrainer):
         kept_parts, dropped_parts, kept, seen, rounds = [], [], 0, 0, 0
         while True:
             rounds += 1
-            output = self._score_once(inputs)
+            output = self._score_once(inputs, postpone)
             if any(key in output for key in MULTIMODAL):
                 raise ValueError("rollout.dynamic_sampling does not support images; unset it")
             rows = {name: value for name, value in output.items() if name != "num_items_in_batch"}
@@ -348,9 +421,12 @@ class CreditTrainer(GRPOTrainer):
             groups = wanted - kept
             while groups * size % accelerator.num_processes:
                 groups += 1
-            prompts = [index for index in refill.take(groups) for _ in range(size)]
+            drawn = refill.take(groups) if self._skipping is None else self._skipping.take(groups)
+            prompts = [index for index in drawn for _ in range(size)]
             share = local_share(prompts, accelerator.process_index, accelerator.num_processes)
             inputs = [dict(self.train_dataset[index]) for index in share]
+            if self._skipping is not None:
+                self._skipping.ids = self._skipping.ids_of(inputs, size)
         merged = concatenate(kept_parts, pad_id)
         local = wanted * size // accelerator.num_processes
         first = accelerator.process_index * local
@@ -360,18 +436,194 @@ class CreditTrainer(GRPOTrainer):
         self._metrics["train"]["dynamic_sampling/kept_share"].append(kept / seen)
         return result
 
+    # ------------------------------------------------------------------ selection
+
+    def _build_selector(self) -> RolloutSelector | None:
+        method, args = self.doors.selection, self.args
+        if method is None:
+            return None
+        source: str = method.entropy_from
+        if source == "auto":
+            source = "old" if self._ratio_needs_old or self._reads_scores else "micro"
+        if source == "old" and method.selects_tokens and not (self._ratio_needs_old or self._reads_scores):
+            logger.warning(
+                "selection.entropy_from='old' with one update per rollout: nothing else needs the old policy's pass, "
+                "so each kept row costs one more forward pass. selection.entropy_from='micro' does without."
+            )
+        model = self._causal_lm
+        head = model.get_output_embeddings().weight.numel()
+        tables = {id(p): p.numel() for p in (model.get_output_embeddings().weight, model.get_input_embeddings().weight)}
+        checkpointing = args.gradient_checkpointing
+        shape = UpdateShape(
+            windows=args.steps_per_generation // args.gradient_accumulation_steps,
+            slots=args.gradient_accumulation_steps,
+            rows_per_slot=args.per_device_train_batch_size,
+            pad_id=self._tokenizer.pad_token_id,
+            pad_multiple=args.pad_to_multiple_of or 1,
+            body_weights=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
+            head_weights=head,
+            body_passes=4.0 if checkpointing else 3.0,
+            head_everywhere=self.accelerator.device.type not in ("cuda", "xpu"),
+        )
+        return RolloutSelector(method, self.accelerator, shape, needs_whole_rows(self.doors, args), source)
+
+    @property
+    def _causal_lm(self) -> Any:
+        """The model TRL gave its fused head, inside all wrappers."""
+        model = self.accelerator.unwrap_model(self.model)
+        if is_peft_available():
+            from peft import PeftModel
+
+            if isinstance(model, PeftModel):
+                return model.get_base_model()
+        return model
+
+    def _selection_budget(self, rows: int, mode: str) -> tuple[tuple[int, float, bool] | None, bool]:
+        """This rollout's cuts, and whether scoring the old policy can wait until rows are selected."""
+        self._selected = None
+        if self._selector is None or mode != "train":
+            return None, False
+        budget = self._selector.budget(self.state.global_step, self.state.max_steps, rows, self.num_generations)
+        return budget, not (budget[2] or self._reads_scores or self._corrects_vllm)
+
+    def _select(
+        self,
+        output: dict[str, Any],
+        batch: TokenBatch,
+        credit: Tensor,
+        entropy: Tensor | None,
+        budget: tuple[int, float, bool],
+        postponed: bool,
+    ) -> Tensor:
+        """Leaves the micro-batches in `self._selected`; returns the (B, T) credit of what may be trained."""
+        selector = self._selector
+        assert selector is not None
+        if any(key in output for key in MULTIMODAL):
+            raise ValueError("selection does not support images, whose rows it cannot exchange; unset it")
+        if budget[2]:
+            rows = batch.all_rewards.numel()
+            self._rollout.metrics = selector.everything_metrics(output, rows, budget[1])
+            return credit
+        scores = self._ratio_needs_old or (selector.source == "old" and budget[1] < 1 and selector.method.reads_entropy)
+        score = self._score_selected if postponed and scores else None
+        seed = self.args.seed * 1_000_003 + self._step
+        self._selected = selector.select(output, batch, credit, entropy, budget, seed, score)
+        self._rollout.metrics = self._selected.metrics
+        return self._selected.credit * self._selected.keep
+
+    def _score_selected(self, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Old log-probabilities and entropies of kept rows: each rank scores its share, in order of length."""
+        accelerator, valid = self.accelerator, valid_tokens(rows)
+        count, width = valid.shape
+        position = torch.arange(1, width + 1, device=valid.device)
+        ends, prompts = (valid * position).amax(1), rows["prompt_mask"].sum(1)
+        order = (ends + prompts).argsort(descending=True, stable=True).tolist()
+        share = -(-count // accelerator.num_processes)
+        # every rank runs equally many passes: some rows are scored twice
+        padded = order + order[-1:] * (share * accelerator.num_processes - count)
+        mine = padded[accelerator.process_index :: accelerator.num_processes]
+        scores = torch.zeros(share, 2, width, device=valid.device)
+        model = self._causal_lm
+        for start in range(0, share, self.args.per_device_train_batch_size):
+            index = mine[start : start + self.args.per_device_train_batch_size]
+            chunk = trimmed(rows, index, int(prompts[index].max()), int(ends[index].max()))
+            with (
+                torch.no_grad(),
+                disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs),
+                kept_positions(model, valid_tokens(chunk), chunk["completion_ids"].size(1)),
+            ):
+                logps, entropy, *_ = super()._get_per_token_logps_and_entropies(
+                    self.model, *_sequence(chunk), compute_entropy=True
+                )
+            scores[start : start + len(index), :, : logps.size(1)] = torch.stack([logps, entropy], 1)
+        everyone = accelerator.gather(scores).view(accelerator.num_processes, share, 2, width).transpose(0, 1)
+        result = torch.zeros(count, 2, width, device=valid.device)
+        result[torch.tensor(padded, device=valid.device)] = everyone.reshape(-1, 2, width)
+        return result[:, 0], result[:, 1]
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        if self._selector is None or not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        every = self.args.steps_per_generation * self.num_iterations
+        due = self._step % every == 0 or self._buffered_inputs is None
+        if due and self._rollout.made_at != self._step:
+            inputs = super()._prepare_inputs(generation_batch)  # generates, scores, selects and cuts
+            self._rollout.made_at = self._step
+            if self._selected is None:
+                return inputs
+            self._buffered_inputs, self._selected = self._selected.slots, None
+        assert self._buffered_inputs is not None
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """TRL's step; a micro-batch that selection left empty runs no pass."""
+        if self._selector is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        start = time.perf_counter()
+        model.train()
+        slot = self._prepare_inputs(inputs)
+        prepared = time.perf_counter()
+        self._current_train_step_time += prepared - start
+        accumulation = self.args.gradient_accumulation_steps
+        if slot is not None:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+        else:
+            loss = torch.zeros((), device=self.accelerator.device)
+            self._step += 1
+            if self._step % accumulation == 0:
+                self._metrics["train"]["step_time"].append(self._current_train_step_time)
+                self._current_train_step_time = 0.0
+        window = self._rollout
+        window.seconds += time.perf_counter() - prepared
+        window.ran |= slot is not None
+        if self._step % accumulation == 0:
+            for name, value in window.metrics.items():
+                self._metrics["train"][name].append(value)
+            self._metrics["train"]["selection/update_seconds"].append(window.seconds)
+            self._rollout.skipped_updates += not window.ran
+            window.seconds, window.ran = 0.0, False
+        return loss
+
+    def _score_for_loss(self, model: Any, inputs: dict[str, Any], mask: Tensor) -> tuple[Any, Any, Any, Tensor | None]:
+        """Log-probabilities, entropies, auxiliary loss, and the (B, T) mask of selected tokens (None: all)."""
+
+        def score() -> Any:
+            return self._get_per_token_logps_and_entropies(
+                model,
+                *_sequence(inputs),
+                compute_entropy=True,
+                compute_aux_loss=self.aux_loss_enabled,
+                **_multimodal(inputs),
+            )
+
+        if "keep" not in inputs:
+            return *score(), None
+        assert self._selector is not None and self.doors.selection is not None
+        keep, method = inputs["keep"], self.doors.selection
+
+        def choose(entropy: Tensor) -> Tensor:
+            share, per_row = inputs["token_share"].item(), method.token_scope == "sample"
+            return method.tokens(inputs["advantages"], entropy, mask * keep, share, per_row, self._step)
+
+        chosen_here = "token_share" in inputs
+        if self._selector.whole_rows:
+            logps, entropy, aux = score()
+            return logps, entropy, aux, (choose(entropy.detach()) if chosen_here else keep).to(mask.dtype)
+        with kept_positions(self._causal_lm, choose if chosen_here else keep, mask.size(1)) as kept:
+            logps, entropy, aux = score()
+        assert kept.mask is not None
+        return logps, entropy, aux, kept.mask.to(mask.dtype)
+
     # ------------------------------------------------------------------ door 2: objective
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
-        mask = _loss_mask(inputs)
-        logps, entropy, aux_loss = self._get_per_token_logps_and_entropies(
-            model,
-            *_sequence(inputs),
-            compute_entropy=True,
-            compute_aux_loss=self.aux_loss_enabled,
-            **_multimodal(inputs),
-        )
+        mask = valid = _loss_mask(inputs)
+        logps, entropy, aux_loss, kept = self._score_for_loss(model, inputs, mask)
+        # a ratio over whole completions still sees the dropped tokens; otherwise they are not even scored
+        if kept is not None and not (self._selector is not None and self._selector.whole_rows):
+            mask = kept
+        trained = mask if kept is None else kept
         selected = None
         if self.top_entropy_quantile < 1.0:
             selected = self.get_high_entropy_mask(entropy, mask, 1 - self.top_entropy_quantile)
@@ -408,17 +660,18 @@ class CreditTrainer(GRPOTrainer):
                 kl = kl * torch.exp(plan.log_weight)
             losses = losses + self.beta * kl
             values["kl"] = kl.detach()
-        loss = aggregate(losses, mask, self.loss_type, self._divisors(inputs, mode))
+        loss = aggregate(losses, trained, self.loss_type, self._divisors(inputs, mode))
         loss = self._add_entropy_bonus(loss, entropy, mask if selected is None else mask * selected, mode)
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * aux_loss / self._accumulation(mode)
+            steps = inputs["used_slots"] if "used_slots" in inputs else self._accumulation(mode)
+            loss = loss + self.router_aux_loss_coef * aux_loss / steps
             self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
         values |= plan.metrics
         values["entropy"] = entropy.detach()
         values["ratio"] = torch.exp(plan.log_weight.detach())
-        self._log_token_means(values, mask, mode)
+        self._log_token_means(values, trained, mode)
         if mode == "train" and self.log_completions and "row" in inputs:
-            self._table.remember(inputs["row"], plan.advantages.expand_as(logps), mask)
+            self._table.remember(inputs["row"], plan.advantages.expand_as(logps) * trained, valid)
         return loss
 
     def _sampler_weight(self, inputs: Mapping[str, Any]) -> Tensor | None:
@@ -430,6 +683,10 @@ class CreditTrainer(GRPOTrainer):
         return float(self.current_gradient_accumulation_steps) if mode == "train" else 1.0
 
     def _divisors(self, inputs: Mapping[str, Any], mode: str) -> Divisors:
+        if "loss_tokens" in inputs:  # after selection
+            budget = inputs["budget_share"] * self.max_completion_length
+            rows = inputs["loss_rows"]
+            return Divisors(1.0, inputs["loss_tokens"], budget, rows, inputs.get("row_tokens"))
         # The token count spans the generation batch; one accumulation window holds its share of it.
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
@@ -468,13 +725,19 @@ class CreditTrainer(GRPOTrainer):
 
     def _log_token_means(self, values: Mapping[str, Tensor], mask: Tensor, mode: str) -> None:
         """Mean over masked tokens (or completions, for (B, 1) values) of all ranks, in one reduction."""
-        rows = torch.tensor(float(mask.size(0)), device=mask.device)
-        pairs = []
+        counted = mask.sum(1) > 0
+        # of the rows that selection kept, all; without selection TRL counts empty rows too
+        rows = counted.sum() if mode == "train" and self._selector is not None else torch.tensor(mask.size(0))
+        rows = rows.to(mask.device).float()
+        tokens = mask.sum().float()
+        pairs = [torch.stack([tokens, tokens])]
         for value in values.values():
             per_row = value.size(1) == 1 and mask.size(1) != 1
-            pairs.append(torch.stack([value.sum(), rows] if per_row else [(value * mask).sum(), mask.sum().float()]))
+            pairs.append(torch.stack([value.sum(), rows] if per_row else [(value * mask).sum(), tokens]))
         totals = self._reducer.sum(torch.cat(pairs)).view(-1, 2)
-        means = (totals[:, 0] / totals[:, 1].clamp(min=1.0)).tolist()
+        if mode == "train":
+            self._trained_tokens += int(totals[0, 0].item())
+        means = (totals[1:, 0] / totals[1:, 1].clamp(min=1.0)).tolist()
         for name, mean in zip(values, means, strict=True):
             self._metrics[mode][name].append(mean)
         if self.loss_type in CLIPPED:
@@ -483,8 +746,8 @@ class CreditTrainer(GRPOTrainer):
             self._metrics[mode]["clip_ratio/low_min"].append(-low_min)
             self._metrics[mode]["clip_ratio/high_max"].append(high_max)
 
-    def _log_credit(self, output: dict[str, Any], credit: Tensor, mask: Tensor, mode: str) -> None:
-        """Numbers that show where the credit went, and the completions table's column of it."""
+    def _log_credit(self, output: dict[str, Any], credit: Tensor, shown: Tensor, mask: Tensor, mode: str) -> None:
+        """Numbers that show where the credit went, and the completions table's column of it (`shown`)."""
         values = self._gather(credit.abs()[mask.bool()])
         if values.numel():
             top = values.topk(max(1, round(0.2 * values.numel()))).values.sum()
@@ -494,8 +757,9 @@ class CreditTrainer(GRPOTrainer):
             self._metrics[mode]["credit/top20_share"].append((top / total).item() if total > 0 else 0.0)
         if self.log_completions:
             if mode == "train":
-                output["row"] = torch.arange(credit.size(0), device=credit.device)
-            self._table.add(output["completion_ids"], credit, mask, updates_follow=mode == "train")
+                first = self.accelerator.process_index * credit.size(0)
+                output["row"] = first + torch.arange(credit.size(0), device=credit.device)
+            self._table.add(output["completion_ids"], shown, mask, updates_follow=mode == "train")
 
     def _show_trained_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
         """After dynamic sampling the table shows the rows that are trained, not the candidates."""
@@ -515,6 +779,10 @@ class CreditTrainer(GRPOTrainer):
         """TRL's log; the table's `credit` column first takes what the loss has used by now."""
         if self.log_completions and self.model.training:
             self._table.refresh()
+        if self.model.training:  # running totals, which a mean over the logged steps would blur
+            self._metrics["train"]["trained_tokens"] = [self._trained_tokens]
+            if self._selector is not None:
+                self._metrics["train"]["selection/skipped_updates"] = [self._rollout.skipped_updates]
         super().log(logs, *args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
@@ -559,8 +827,11 @@ class CreditTrainer(GRPOTrainer):
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "sampler_stats": None if stats is None else list(stats),
             "refill": None if self._refill is None else self._refill.state,
+            "skipping": None if self._skipping is None else self._skipping.state,
             "table": self._table.state(),
             "last_entropy_window": self._entropy_window_stats,
+            "trained_tokens": self._trained_tokens,
+            "rollout": vars(self._rollout),
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -584,8 +855,27 @@ class CreditTrainer(GRPOTrainer):
         self._sampler_stats = None if stats is None else EntropyStats(*stats)
         if self._refill is not None:
             self._refill.state = state["refill"]
+        if self._skipping is not None:
+            self._skipping.load(state["skipping"])
         self._table.load(state["table"])
         self._entropy_window_stats = state["last_entropy_window"]
+        self._trained_tokens = state["trained_tokens"]
+        self._rollout = _RolloutState(**state["rollout"])
+
+
+@dataclass
+class _RolloutState:
+    """What selection remembers between the micro-batches of a rollout."""
+
+    made_at: int = -1
+    """micro-step at which the rollout was made"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
+    """of forward and backward passes in the current window"""
+    ran: bool = False
+    """whether any micro-batch of the current window ran"""
+    skipped_updates: int = 0
+    """optimizer steps without a single row, since the start"""
 
 
 def _only_one(name: str, args: GRPOConfig | None, given: Any) -> Any:

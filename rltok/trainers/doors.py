@@ -1,4 +1,4 @@
-"""The three doors of a run: from recipe sections or objects to instances, and what must not be combined."""
+"""The doors of a run: from recipe sections or objects to instances, and what must not be combined."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rltok.credit import CREDIT, CreditMethod, GroupCredit, TokenGroupAverage
 from rltok.objective import HAPO, OBJECTIVE, ClipCov, GSPOToken, KLCov, ObjectiveTerm
 from rltok.objective.aggregate import CLIPPED
 from rltok.rollout import RolloutConfig, build_rollout, refuse_restricted_sampling
+from rltok.selection import SELECTION, SelectionMethod
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Doors:
     credit: CreditMethod
     objective: tuple[ObjectiveTerm, ...]
     rollout: RolloutConfig
+    selection: SelectionMethod | None = None
 
     @property
     def needs(self) -> frozenset[str]:
@@ -34,6 +36,7 @@ def build_doors(
     credit: CreditMethod | Mapping[str, Any] | None,
     objective: ObjectiveTerm | Mapping[str, Any] | Sequence[ObjectiveTerm | Mapping[str, Any]] | None,
     rollout: RolloutConfig | Mapping[str, Any] | None,
+    selection: SelectionMethod | Mapping[str, Any] | None = None,
 ) -> Doors:
     """Instances from objects or recipe sections.
 
@@ -49,7 +52,8 @@ def build_doors(
         for i, entry in enumerate(entries)
         if entry is not None
     )
-    return Doors(method if method is not None else GroupCredit(), terms, build_rollout(rollout))
+    chosen = build_typed(SELECTION, selection, "selection") if isinstance(selection, Mapping) else selection
+    return Doors(method if method is not None else GroupCredit(), terms, build_rollout(rollout), chosen)
 
 
 def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has_rollout_func: bool = False) -> None:
@@ -65,6 +69,8 @@ def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has
     _check_sampler(doors, args, has_rollout_func)
     _check_correction(doors, args)
     _check_dynamic_sampling(doors, args, reward_names)
+    _check_prompt_skipping(doors, args, reward_names)
+    _check_selection(doors, args)
     updates = (args.steps_per_generation or 1) * args.num_iterations / args.gradient_accumulation_steps
     if updates <= 1 and any(isinstance(t, HAPO) and t.alpha + t.beta > 0 for t in doors.objective):
         warnings.warn(
@@ -228,3 +234,93 @@ def _check_dynamic_sampling(doors: Doors, args: GRPOConfig, reward_names: Sequen
             "rollout.dynamic_sampling generates batches of varying size, which training.vllm_mode='server' "
             "does not split over ranks. Use 'colocate' or training.use_vllm=false."
         )
+
+
+def _check_prompt_skipping(doors: Doors, args: GRPOConfig, reward_names: Sequence[str]) -> None:
+    skipping = doors.rollout.prompt_skipping
+    if skipping is None:
+        return
+    if skipping.metric not in reward_names:
+        raise ConfigError(
+            f"rollout.prompt_skipping.metric={skipping.metric!r} is not a reward of this run; "
+            f"allowed: {', '.join(reward_names)}. It must be correctness, not the shaped sum."
+        )
+    if args.remove_unused_columns:
+        raise ConfigError(
+            "rollout.prompt_skipping knows a prompt by its whole row, of which training.remove_unused_columns=true "
+            "drops columns. Set it to false."
+        )
+
+
+def needs_whole_rows(doors: Doors, args: GRPOConfig) -> bool:
+    """True if a token's loss depends on the log-probabilities of all tokens of its completion."""
+    return (
+        args.importance_sampling_level == "sequence"
+        or args.loss_type == "vespo"
+        or args.off_policy_mask_threshold is not None
+        or any(isinstance(term, GSPOToken) for term in doors.objective)
+    )
+
+
+def _check_selection(doors: Doors, args: GRPOConfig) -> None:
+    selection = doors.selection
+    if selection is None:
+        return
+    name = f"selection.type={type(selection).__name__}"
+    steps, accumulation = args.steps_per_generation or 1, args.gradient_accumulation_steps
+    if steps % accumulation:
+        raise ConfigError(
+            f"{name} spreads a rollout over whole optimizer steps, but training.steps_per_generation={steps} is not a "
+            f"multiple of training.gradient_accumulation_steps={accumulation}. Make it one."
+        )
+    if args.loss_type == "bnpo":
+        raise ConfigError(
+            f"{name} with training.loss_type='bnpo': its mean over each micro-batch changes meaning when micro-batches "
+            "are packed anew. Use 'dapo', the same mean over a whole optimizer step."
+        )
+    if args.fp16:
+        raise ConfigError(
+            f"{name} can leave an optimizer step without gradients, which the loss scaler of training.fp16=true does "
+            "not allow. Use bf16."
+        )
+    if args.entropy_coef or args.use_adaptive_entropy:
+        raise ConfigError(
+            f"{name} with training.entropy_coef={args.entropy_coef}, use_adaptive_entropy={args.use_adaptive_entropy}: "
+            "the bonus is a mean over whole micro-batches, of which selection leaves a biased part. Turn it off."
+        )
+    if selection.recredits:
+        _check_recredit(name, doors, args)
+    if not selection.selects_tokens:
+        return
+    if args.top_entropy_quantile < 1:
+        raise ConfigError(
+            f"{name} drops tokens and training.top_entropy_quantile={args.top_entropy_quantile} drops tokens of what "
+            "is left. Use one: top_entropy_quantile=1, or selection.tokens_start=1 and tokens_end=1."
+        )
+    for term in doors.objective:
+        if isinstance(term, HAPO) and term.statistics == "micro_batch":
+            raise ConfigError(
+                f"objective.statistics='micro_batch' with {name}: the pivot would be that of the dropped tokens' "
+                "rest. Use objective.statistics='generation_batch'."
+            )
+    if needs_whole_rows(doors, args):
+        warnings.warn(
+            f"{name} drops tokens, but the ratio (training.importance_sampling_level, vespo, gspo_token or the "
+            "off-policy mask) needs whole completions: dropped tokens leave the loss and save no time.",
+            stacklevel=4,
+        )
+
+
+def _check_recredit(name: str, doors: Doors, args: GRPOConfig) -> None:
+    """Advantages computed anew need a credit that is nothing but the group's normalised reward."""
+    settings = {
+        "credit.type": (type(doors.credit).__name__, "GroupCredit"),
+        "training.scale_rewards": (args.scale_rewards, "group"),
+        "training.multi_objective_aggregation": (args.multi_objective_aggregation, "sum_then_normalize"),
+    }
+    for setting, (value, neutral) in settings.items():
+        if value != neutral:
+            raise ConfigError(
+                f"{name} normalises the kept rewards by itself and would replace {setting}={value!r}. "
+                f"Use {neutral!r}, or selection.renormalize=false."
+            )
