@@ -54,7 +54,15 @@ def main(folder: Path, how: str, when: int) -> None:
         rollout={
             "decoding": [{"type": "adaptive_temperature", "tau": 0.3}],
             "dynamic_sampling": {"metric": "even_length", "max_rounds": 0},
+            "prompt_skipping": {
+                "metric": "even_reward",
+                "easy_at": 0.2,
+                "hard_at": 0.15,
+                "p_easy": 0.05,
+                "p_hard": 0.05,
+            },
         },
+        selection={"type": "d3s", "rows_end": 0.8, "tokens_end": 0.9, "shape": "cosine"},
     )
     trainer = DiesWhileSaving(
         build_model(tokenizer),
@@ -73,8 +81,9 @@ def main(folder: Path, how: str, when: int) -> None:
             "parameters": dict(trainer.model.named_parameters()),
             "stats": list(trainer._sampler_stats),
             "refill": trainer._refill.state,
+            "skipping": trainer._skipping.state,
             "log": [
-                {k: v for k, v in entry.items() if "time" not in k and "per_second" not in k}
+                {k: v for k, v in entry.items() if "time" not in k and "second" not in k}
                 for entry in trainer.state.log_history
                 if "loss" in entry
             ],

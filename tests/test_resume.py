@@ -49,6 +49,7 @@ def test_a_killed_run_continues_bit_for_bit(whole, tmp_path, how, expected):
     for name, value in reference["parameters"].items():
         assert torch.equal(final["parameters"][name], value), name
     assert final["stats"] == reference["stats"] and final["refill"] == reference["refill"] != [0, 0]
+    assert final["skipping"] == reference["skipping"]
     start = int(expected.split("-")[1])
     assert final["log"][start:] == reference["log"][start:]
     for step in range(start + 1, 10):
@@ -69,6 +70,14 @@ def test_a_run_killed_after_its_last_checkpoint_trains_no_further(whole, tmp_pat
 
 def test_the_run_crossed_an_epoch(whole):
     assert whole[1]["log"][-1]["epoch"] > 1
+
+
+def test_the_run_moved_through_the_schedule_and_skipped_prompts(whole):
+    log = whole[1]["log"]
+    shares = [entry["selection/rows_share"] for entry in log]
+    assert len(log) == 9 and shares == sorted(shares) and len(set(shares)) == 3, "one value per rollout, each step"
+    assert sum(entry.get("prompt_skipping/skipped", 0) for entry in log) > 0
+    assert [entry["trained_tokens"] for entry in log] == sorted({entry["trained_tokens"] for entry in log})
 
 
 def seal(folder: Path, step: int) -> Path:

@@ -20,8 +20,11 @@ HAPO_DOORS = {
 }
 
 
+DOORS = ("credit", "objective", "rollout", "selection")
+
+
 def make(tmp_path, cls=CreditTrainer, rewards=even_reward, dataset=None, eval_dataset=None, **changes):
-    doors = {name: changes.pop(name) for name in ("credit", "objective", "rollout") if name in changes}
+    doors = {name: changes.pop(name) for name in DOORS if name in changes}
     tokenizer = build_tokenizer()
     config = GRPOConfig if cls is GRPOTrainer else CreditConfig
     dataset = dataset if dataset is not None else digit_dataset()
@@ -60,6 +63,12 @@ NEUTRAL = {
     "recorded only": {"rollout": {"record_logps": "always"}},
     "shaping 0": {"credit": {"type": "entropy_shaping", "alpha": 0.0}},
     "clip-cov 0": {"objective": {"type": "clip_cov", "ratio": 0.0}},
+    "d3s keeps all": {"selection": {"type": "d3s", "rows_start": 1.0, "tokens_start": 1.0}},
+    "d3s keeps all, rows per prompt": {
+        "selection": {"type": "d3s", "rows_start": 1.0, "tokens_start": 1.0, "scope": "group", "loss_norm": "full"}
+    },
+    "pods keeps all": {"selection": {"type": "pods", "keep": 1.0}},
+    "random keeps all": {"selection": {"type": "random", "rows_start": 1.0, "tokens_start": 1.0}},
 }
 
 
@@ -83,13 +92,33 @@ ACTIVE = {
     "shaping": {"credit": {"type": "entropy_shaping"}},
     "gspo_token": {"objective": {"type": "gspo_token"}, "loss_type": "grpo", "epsilon": 0.01, "epsilon_high": 0.01},
     "chain": {"objective": [{"type": "hapo"}, {"type": "clip_cov", "ratio": 0.1, "low": 0.0}]},
+    "d3s": {"selection": {"type": "d3s"}},
+    "d3s by micro-batch": {"selection": {"type": "d3s", "entropy_from": "micro"}},
+    "d3s per prompt": {"selection": {"type": "d3s", "scope": "group", "token_scope": "sample", "drop_zero": True}},
+    "pods": {"selection": {"type": "pods", "keep": 0.5}},
+    "random": {"selection": {"type": "random"}},
+    "d3s on hapo": {**HAPO_DOORS, "selection": {"type": "d3s"}},
+    "d3s on shaping": {"credit": {"type": "entropy_shaping"}, "selection": {"type": "d3s"}},
+    "d3s on kl_cov": {"objective": {"type": "kl_cov", "ratio": 0.1}, "selection": {"type": "d3s"}},
+    "d3s on grpo": {"loss_type": "grpo", "selection": {"type": "d3s"}},
+    "d3s on gspo": {"loss_type": "grpo", "importance_sampling_level": "sequence", "selection": {"type": "d3s"}},
+    "d3s on gspo_token": {"loss_type": "grpo", "objective": {"type": "gspo_token"}, "selection": {"type": "d3s"}},
+    "d3s on cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "selection": {"type": "d3s"}},
+    "d3s on dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "selection": {"type": "d3s"}},
+    "d3s on vespo": {"loss_type": "vespo", "selection": {"type": "d3s"}},
+    "d3s with kl": {"beta": 0.1, "selection": {"type": "d3s"}},
+    "d3s corrected": {"rollout": {"correction": {"mode": "mask"}}, "selection": {"type": "d3s"}},
+    "d3s after dynamic sampling": {
+        "rollout": {"dynamic_sampling": {"metric": "even_reward", "max_rounds": 0}},
+        "selection": {"type": "d3s"},
+    },
 }
 
 
 @pytest.mark.parametrize("case", ACTIVE)
 def test_every_method_moves_the_parameters_its_own_way(tmp_path, case):
     changes = {"max_steps": 4, **ACTIVE[case]}
-    plain = {k: v for k, v in changes.items() if k not in ("credit", "objective", "rollout")}
+    plain = {k: v for k, v in changes.items() if k not in DOORS}
     ours = train(tmp_path / "a", **changes)
     base = parameters(train(tmp_path / "b", **plain))
     assert all(torch.isfinite(v).all() for v in parameters(ours).values())
@@ -327,6 +356,28 @@ REFUSED = [
     (
         {"rollout": {"correction": {"mode": "truncate", "level": "sequence"}}, "loss_type": "vespo"},
         "correction.level='sequence'.*loss_type='vespo'",
+    ),
+    ({"selection": {"type": "d3"}}, "selection.*'d3'.*d3s"),
+    ({"selection": {"type": "d3s", "rows_start": 1.5}}, "rows_start=1.5 is not in"),
+    ({"selection": {"type": "pods", "rows_start": 0.5}}, "selection.rows_start.*keep"),
+    ({"selection": {"type": "d3s"}, "loss_type": "bnpo"}, "loss_type='bnpo'.*'dapo'"),
+    ({"selection": {"type": "d3s"}, "steps_per_generation": 3}, "steps_per_generation=3 is not a multiple"),
+    ({"selection": {"type": "d3s"}, "entropy_coef": 0.01}, "entropy_coef=0.01"),
+    ({"selection": {"type": "d3s"}, "top_entropy_quantile": 0.2}, "top_entropy_quantile=0.2.*selection.tokens_start=1"),
+    (
+        {"selection": {"type": "d3s"}, "objective": {"type": "hapo", "statistics": "micro_batch"}},
+        "objective.statistics='micro_batch'",
+    ),
+    (
+        {"selection": {"type": "pods"}, "credit": {"type": "token_group_average"}},
+        "credit.type='TokenGroupAverage'.*selection.renormalize=false",
+    ),
+    ({"selection": {"type": "pods", "keep": 0.25}}, "keep 1 of training.num_generations=4.*selection.keep"),
+    ({"selection": {"type": "pods"}, "scale_rewards": "none"}, "scale_rewards='none'.*renormalize=false"),
+    ({"rollout": {"prompt_skipping": {"metric": "accuracy"}}}, "prompt_skipping.metric='accuracy' is not a reward"),
+    (
+        {"rollout": {"prompt_skipping": {"metric": "even_reward"}}, "remove_unused_columns": True},
+        "remove_unused_columns=true",
     ),
 ]
 

@@ -117,15 +117,14 @@ def _subset_of_rows(values: Tensor, lengths: Tensor, k: int) -> Tensor:
         return prefix.gather(1, low) + total - prefix.gather(1, high_from)
 
     variance = picked(p2) / k - (picked(p1) / k).square()
-    best = _first_argmax(variance)
+    best = _first_argmax(variance, x.square().sum(1, keepdim=True) / k)
     cut_low, cut_high = low.gather(1, best), high_from.gather(1, best)
     everything = lengths[:, None] <= k
     chosen = ((position < cut_low) | (position >= cut_high) | everything) & counts
     return torch.zeros_like(counts).scatter(1, order, chosen)
 
 
-def _first_argmax(values: Tensor) -> Tensor:
-    """(R, m) -> (R, 1) smallest index whose value is the maximum up to rounding."""
+def _first_argmax(values: Tensor, scale: Tensor) -> Tensor:
+    """(R, m) -> (R, 1) smallest index whose value is the maximum up to rounding of numbers of size `scale` (R, 1)."""
     top = values.amax(1, keepdim=True)
-    tolerance = 1e-12 * top.abs().clamp(min=1e-300)
-    return (values >= top - tolerance).to(torch.int8).argmax(1, keepdim=True)
+    return (values >= top - 1e-12 * scale).to(torch.int8).argmax(1, keepdim=True)

@@ -56,5 +56,10 @@ class D3SSchedule:
             p = (1 - math.cos(math.pi * p)) / 2
         elif self.shape == "step":
             p = float(p >= 1)
-        rows = (1 - p) * self.n_init + p * self.n_final
-        return math.floor(rows + 0.5), (1 - p) * self.k_init + p * self.k_final
+        rows = _between(self.n_init, self.n_final, p)
+        return math.floor(rows + 0.5 + 1e-9), _between(self.k_init, self.k_final, p)
+
+
+def _between(start: float, end: float, p: float) -> float:
+    """(1 - p) start + p end, exactly constant when both are equal."""
+    return end if p >= 1 else start + p * (end - start)

@@ -15,6 +15,7 @@ and with no door set every parameter stays bit-identical to GRPOTrainer's.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import time
 from collections import defaultdict
@@ -742,8 +743,9 @@ class CreditTrainer(GRPOTrainer):
             self._metrics[mode][name].append(mean)
         if self.loss_type in CLIPPED:
             low, high = (_row_means(values[f"clip_ratio/{side}_mean"], mask) for side in ("low", "high"))
-            low_min, high_max = self._reducer.max(torch.stack([(-low).amax(), high.amax()])).tolist()
-            self._metrics[mode]["clip_ratio/low_min"].append(-low_min)
+            least = low.masked_fill(~counted, torch.inf).amin()
+            low_min, high_max = self._reducer.max(torch.stack([-least, high.amax()])).tolist()
+            self._metrics[mode]["clip_ratio/low_min"].append(-low_min if math.isfinite(low_min) else 0.0)
             self._metrics[mode]["clip_ratio/high_max"].append(high_max)
 
     def _log_credit(self, output: dict[str, Any], credit: Tensor, shown: Tensor, mask: Tensor, mode: str) -> None:
@@ -888,7 +890,8 @@ def _only_one(name: str, args: GRPOConfig | None, given: Any) -> Any:
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:
     """(B,) mean over each row's masked tokens; (B, 1) values are their own mean."""
-    return values[:, 0] if values.size(1) == 1 else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
+    per_row = values.size(1) == 1 and mask.size(1) != 1
+    return values[:, 0] if per_row else (values * mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def _state_file(rank: int) -> str:

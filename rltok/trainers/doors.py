@@ -324,3 +324,9 @@ def _check_recredit(name: str, doors: Doors, args: GRPOConfig) -> None:
                 f"{name} normalises the kept rewards by itself and would replace {setting}={value!r}. "
                 f"Use {neutral!r}, or selection.renormalize=false."
             )
+    kept = doors.selection.at(0, 1, args.num_generations, args.num_generations)[0] if doors.selection else 0
+    if kept < 2:
+        raise ConfigError(
+            f"{name} would keep {kept} of training.num_generations={args.num_generations} completions and normalise a "
+            "single reward, which gives no advantage. Raise selection.keep so that at least 2 are left."
+        )

@@ -53,7 +53,7 @@ def kept_positions(model: Any, keep: Tensor | Choice, width: int) -> Iterator[Ke
         TypeError: the model's forward is not TRL's fused one.
     """
     original = model.forward
-    if not (isinstance(original, MethodType) and hasattr(original.__func__, "__wrapped__")):
+    if not _is_fused(original):
         raise TypeError(f"{type(model).__name__} has no fused head; kept_positions needs a model TRL has prepared")
     kept = KeptPositions(keep)
     had_own = "forward" in vars(model)
@@ -97,3 +97,14 @@ def kept_positions(model: Any, keep: Tensor | Choice, width: int) -> Iterator[Ke
             model.forward = original
         else:
             del model.forward
+
+
+def _is_fused(forward: Any) -> bool:
+    """True for TRL's fused forward, also inside the wrappers of mixed precision."""
+    function = getattr(forward, "__func__", None)
+    while function is not None:
+        code = getattr(function, "__code__", None)
+        if code is not None and "fused_lm_head" in code.co_varnames:
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False

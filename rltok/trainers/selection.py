@@ -121,7 +121,7 @@ class RolloutSelector:
         slots = self._slots(rows | {"keep": keep}, valid, packed, output, share, rows_all)
         own = torch.zeros_like(batch.mask, dtype=torch.bool)
         mine = (rows["row"] >= batch.offset) & (rows["row"] < batch.offset + credit.size(0))
-        own[rows["row"][mine] - batch.offset] = keep[mine]
+        own[rows["row"][mine] - batch.offset] = keep[mine, : own.size(1)]  # other ranks' rows may be longer
         metrics = packed.metrics | self._metrics(rows_all, kept, keep, budget, output)
         return Selected(slots, own, credit, metrics)
 
@@ -227,7 +227,7 @@ class RolloutSelector:
         scored = sum(counts[i] for i in used) if self.whole_rows else trained
         looked_at = sum(counts[i] for i in used) if in_loss and not self.whole_rows else 0
         samples, tokens = rows_all.credit.numel(), float(output["num_items_in_batch"])
-        width = output["prompt_ids"].size(1) + output["completion_ids"].size(1)
+        width = rows["prompt_ids"].size(1) + rows["completion_ids"].size(1)
         full_head = samples * width if shape.head_everywhere else tokens
         work = shape.body_passes * shape.body_weights * positions + shape.head_weights * (4 * scored + looked_at)
         full = shape.body_passes * shape.body_weights * samples * width + shape.head_weights * 4 * full_head
