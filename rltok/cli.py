@@ -199,7 +199,7 @@ def _short(value: Any) -> str:
 
 @app.command()
 def methods() -> None:
-    """Every method of the three doors and every reward, with options and defaults."""
+    """Every method of the four doors and every reward, with options and defaults."""
     from rltok.credit import CREDIT
     from rltok.objective import OBJECTIVE
     from rltok.rewards import REWARDS

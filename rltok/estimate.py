@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import TYPE_CHECKING
 
-from rltok.config import ConfigError
+from rltok.config import ConfigError, build_typed
 from rltok.models import Size, measure
 
 if TYPE_CHECKING:
@@ -53,6 +53,8 @@ def _work(recipe: Recipe, args: CreditConfig, processes: int) -> list[str]:
         f"({args.num_generations} each), at most {per_rollout * length:,} tokens",
         f"updates: {updates_per_rollout:g} per rollout, each of {per_update} completions, on {processes} process(es)",
     ]
+    if recipe.selection is not None:
+        lines.append(_selection(recipe, per_rollout, args.num_generations, steps or 1))
     if steps is None:
         lines.append(f"steps: {args.num_train_epochs:g} epoch(s) of a data set whose size is known when it is loaded")
     else:
@@ -61,6 +63,20 @@ def _work(recipe: Recipe, args: CreditConfig, processes: int) -> list[str]:
             f"steps: {steps} updates in {rollouts:g} rollouts, at most {int(rollouts * per_rollout * length):,} tokens"
         )
     return lines
+
+
+def _selection(recipe: Recipe, rows: int, group: int, steps: int) -> str:
+    from rltok.selection import SELECTION
+
+    method = build_typed(SELECTION, recipe.selection or {}, "selection")
+    ends = []
+    for step in (0, steps):
+        kept, share = method.at(step, steps, rows, group)
+        kept = min(rows, kept if method.scope == "batch" else kept * (rows // group))
+        ends.append(f"{kept} of {rows} completions and {share:.0%} of their tokens")
+    if ends[0] == ends[1]:
+        return f"selection: trains at most {ends[0]}"
+    return f"selection: trains at most {ends[0]} at the start, {ends[1]} at the end"
 
 
 def _memory(recipe: Recipe, args: CreditConfig) -> list[str]:

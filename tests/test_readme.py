@@ -14,6 +14,7 @@ from rltok.credit import CREDIT, TokenGroupAverage
 from rltok.objective import HAPO, OBJECTIVE
 from rltok.rewards import REWARDS
 from rltok.sampling import DECODING
+from rltok.selection import SELECTION
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -66,7 +67,7 @@ def test_yaml_example_passes_check(tmp_path, model_folder, monkeypatch, capsys):
 
 def test_tables_name_every_method():
     methods = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
-    for name in (*CREDIT, *OBJECTIVE, *DECODING):
+    for name in (*CREDIT, *SELECTION, *OBJECTIVE, *DECODING):
         assert f"`{name}`" in README, name
         assert name in methods, name
     for name in REWARDS:

@@ -12,7 +12,7 @@ from rich.console import Console
 from tests_support import build_model, build_tokenizer
 
 from rltok.config import ConfigError
-from rltok.estimate import check_combination
+from rltok.estimate import check_combination, estimate
 from rltok.recipe import Recipe, find_recipe, load_recipe, merged, shipped_recipes
 
 TASKS = sorted(set(shipped_recipes()) - {"base"})
@@ -40,6 +40,7 @@ def reload(recipe: Recipe, folder: Path) -> Recipe:
 
 def test_the_promised_recipes_are_there() -> None:
     assert {"base", "demo", "smoke", "dapo", "countdown"} <= set(shipped_recipes())
+    assert {"d3s", "d3s_random", "pods", "d3s_gsm8k_qwen2.5_0.5b"} <= set(shipped_recipes())
     assert {"gsm8k_qwen2.5_0.5b", "gsm8k_qwen2.5_0.5b_lora"} <= set(shipped_recipes())
     assert {"dapo_math_qwen2.5_1.5b", "dapo_math_qwen2.5_7b"} <= set(shipped_recipes())
     assert all(line for line in shipped_recipes().values()), "every recipe starts with a comment that says what it is"
@@ -65,6 +66,18 @@ def test_demo_is_hapo_with_several_updates_per_rollout() -> None:
     assert demo.report.to == []
 
 
+def test_the_arms_of_the_selection_experiment_differ_in_the_selection_only() -> None:
+    dapo, d3s, random, pods = (load_recipe(name) for name in ("dapo", "d3s", "d3s_random", "pods"))
+    for arm in (d3s, random, pods):
+        assert (arm.training, arm.data, arm.rewards, arm.model) == (dapo.training, dapo.data, dapo.rewards, dapo.model)
+        assert (arm.credit, arm.objective, arm.rollout) == (None, None, None)
+    assert dapo.selection is None and {**d3s.selection, "type": "random"} == {**random.selection, "drop_zero": False}
+    (line,) = [line for line in estimate(d3s, check_combination(d3s)) if line.startswith("selection:")]
+    assert "64 of 256 completions and 20% of their tokens at the start, 256 of 256" in line
+    (line,) = [line for line in estimate(pods, check_combination(pods)) if line.startswith("selection:")]
+    assert line == "selection: trains at most 64 of 256 completions and 100% of their tokens"
+
+
 def test_hapo_official_settings() -> None:
     """The card's table: 512 prompts x 16 responses, 16 updates per rollout, on 32 devices."""
     for name, context in (("dapo_math_qwen2.5_1.5b", 16384), ("dapo_math_qwen2.5_7b", 32768)):
@@ -83,7 +96,7 @@ def test_hapo_official_settings() -> None:
 
 def stand_in_rows(name: str, count: int = 24) -> list[dict[str, Any]]:
     """Rows with the columns of the hub dataset that a recipe names."""
-    if name.startswith("gsm8k"):
+    if "gsm8k" in name:
         return [
             {"question": f"what is {i} plus {i}?", "answer": f"{i}+{i}={2 * i}\n#### {2 * i}"} for i in range(count)
         ]

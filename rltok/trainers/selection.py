@@ -118,11 +118,16 @@ class RolloutSelector:
         keep = self._tokens(rows, valid, share, seed)
         rows.pop("old_entropy", None)
         packed = self._pack(rows, valid, keep, share, seed)
-        slots = self._slots(rows | {"keep": keep}, valid, packed, output, share, rows_all)
+        numbers = self._numbers(rows_all, valid, keep, packed, share, float(output["num_items_in_batch"]))
+        shared = {name: value for name, value in output.items() if value.dim() == 0}
+        shared |= self._divisors(numbers, packed, share)
+        per_row = {"keep": keep} if self.method.loss_norm == "kept" else {"keep": keep, "row_tokens": valid.sum(1)}
+        slots = self._slots(rows | per_row, shared, packed)
         own = torch.zeros_like(batch.mask, dtype=torch.bool)
         mine = (rows["row"] >= batch.offset) & (rows["row"] < batch.offset + credit.size(0))
         own[rows["row"][mine] - batch.offset] = keep[mine, : own.size(1)]  # other ranks' rows may be longer
-        metrics = packed.metrics | self._metrics(rows_all, kept, keep, budget, output)
+        width = rows["prompt_ids"].size(1) + valid.size(1)
+        metrics = self._work(numbers, packed, share, width) | self._statistics(rows_all, kept, budget)
         return Selected(slots, own, credit, metrics)
 
     def _rows(self, rows: RowBatch, n_keep: int) -> Tensor:
@@ -156,110 +161,97 @@ class RolloutSelector:
         windows = [[[[index[i] for i in slot] for slot in rank] for rank in window] for window in places]
         return _Packed(windows, prompts.tolist(), cuts.tolist())
 
-    def _slots(
-        self, rows: Rows, valid: Tensor, packed: _Packed, output: Mapping[str, Any], share: float, rows_all: RowBatch
-    ) -> list[Rows | None]:
-        shape, rank, ranks = self.shape, self.accelerator.process_index, self.accelerator.num_processes
-        device = rows["row"].device
-        in_loss, per_row = self._in_micro_batches(share), self.method.token_scope == "sample"
-        row_tokens = valid.sum(1)
-        row_kept = rows["keep"].sum(1)
-        counts: list[int] = row_tokens.tolist()
-        trained = int(row_kept.sum())
-        if in_loss:  # an exact number per pool, known before the pool's entropies are
-            pools = [slot for window in packed.windows for r in window for slot in r if slot]
-            sizes = counts if per_row else [sum(counts[i] for i in slot) for slot in pools]
+    def _numbers(
+        self, rows_all: RowBatch, valid: Tensor, keep: Tensor, packed: _Packed, share: float, tokens: float
+    ) -> _Numbers:
+        counts: list[int] = valid.sum(1).tolist()
+        trained = int(keep.sum())
+        if self._in_micro_batches(share):  # an exact number per pool, known before the pool's entropies are
+            per_row = self.method.token_scope == "sample"
+            sizes = counts if per_row else [sum(counts[i] for i in slot) for slot in packed.slots]
             trained = sum(keep_count(size, share) for size in sizes)
-        live_windows = [window for window in packed.windows if used_slots(window)]
-        norm = self.method.loss_norm
-        tokens_all = float(output["num_items_in_batch"])
-        tokens = {"kept": trained, "selected": int(row_tokens.sum()), "full": tokens_all}[norm]
-        live_rows = sum(len(slot) for window in packed.windows for r in window for slot in r)
-        rows_norm = {"kept": live_rows, "selected": rows["row"].numel(), "full": rows_all.credit.numel()}[norm]
-        parts = (shape.windows if norm == "full" else max(1, len(live_windows))) * ranks
-        common = {name: value for name, value in output.items() if value.dim() == 0}
-        common |= {
-            "loss_tokens": torch.tensor(max(tokens, 1) / parts, device=device),
-            "loss_rows": torch.tensor(max(rows_norm, 1) / parts, device=device),
-            "budget_share": torch.tensor(
-                trained / max(1, int(row_tokens.sum())) if norm == "kept" else 1.0, device=device
-            ),
-        }
-        if in_loss:
-            common["token_share"] = torch.tensor(share, dtype=torch.float64)
-        if norm != "kept":
-            rows = rows | {"row_tokens": row_tokens}
+        return _Numbers(
+            rows_generated=rows_all.credit.numel(),
+            rows_selected=len(counts),
+            rows_trained=sum(len(slot) for slot in packed.slots),
+            tokens_generated=tokens,
+            tokens_selected=sum(counts),
+            tokens_in_slots=sum(counts[i] for slot in packed.slots for i in slot),
+            tokens_trained=trained,
+        )
+
+    def _divisors(self, n: _Numbers, packed: _Packed, share: float) -> Rows:
+        """What the losses of a micro-batch are divided by, the same in every micro-batch of the rollout."""
+        norm, device = self.method.loss_norm, self.accelerator.device
+        tokens = {"kept": n.tokens_trained, "selected": n.tokens_selected, "full": n.tokens_generated}[norm]
+        rows = {"kept": n.rows_trained, "selected": n.rows_selected, "full": n.rows_generated}[norm]
+        parts = packed.parts(self.shape.windows if norm == "full" else 0)
+        kept_share = n.tokens_trained / max(1, n.tokens_selected) if norm == "kept" else 1.0
+        values = {"loss_tokens": max(tokens, 1) / parts, "loss_rows": max(rows, 1) / parts, "budget_share": kept_share}
+        found = {name: torch.tensor(value, device=device) for name, value in values.items()}
+        if self._in_micro_batches(share):
+            found["token_share"] = torch.tensor(share, dtype=torch.float64, device=device)
+        return found
+
+    def _slots(self, rows: Rows, shared: Rows, packed: _Packed) -> list[Rows | None]:
+        shape, rank = self.shape, self.accelerator.process_index
         slots: list[Rows | None] = []
         for window in packed.windows:
             used = used_slots(window)
-            common = common | {"used_slots": torch.tensor(float(used), device=device)}
+            common = shared | {"used_slots": torch.tensor(float(used), device=self.accelerator.device)}
             for number in range(shape.slots):
+                index = window[rank][number]
                 if number < shape.slots - used:
                     slots.append(None)
-                elif window[rank][number]:
-                    slots.append(cut_rows(rows, window[rank][number], packed, shape.pad_multiple) | common)
+                elif index:
+                    slots.append(cut_rows(rows, index, packed, shape.pad_multiple) | common)
                 else:
                     slots.append(_stand_in(rows, window, packed, shape.pad_multiple) | common)
-        packed.metrics = self._work(packed, rows, counts, row_kept.tolist(), trained, in_loss, output, rows_all)
-        packed.metrics["selection/divisor"] = max(tokens, 1) / (parts / ranks)
         return slots
 
     # ------------------------------------------------------------------ metrics
 
-    def _work(
-        self,
-        packed: _Packed,
-        rows: Rows,
-        counts: list[int],
-        kept: list[int],
-        trained: int,
-        in_loss: bool,
-        output: Mapping[str, Any],
-        rows_all: RowBatch,
-    ) -> dict[str, float]:
+    def _work(self, n: _Numbers, packed: _Packed, share: float, width: int) -> dict[str, float]:
         """Rows and tokens of the updates, and an estimate of their work as a share of the full batch's."""
         shape = self.shape
-        slots = [slot for window in packed.windows for rank in window for slot in rank if slot]
-        used = [i for slot in slots for i in slot]
         positions = sum(
-            len(slot) * (max(packed.prompts[i] for i in slot) + max(packed.cuts[i] for i in slot)) for slot in slots
+            len(slot) * (max(packed.prompts[i] for i in slot) + max(packed.cuts[i] for i in slot))
+            for slot in packed.slots
         )
-        scored = sum(counts[i] for i in used) if self.whole_rows else trained
-        looked_at = sum(counts[i] for i in used) if in_loss and not self.whole_rows else 0
-        samples, tokens = rows_all.credit.numel(), float(output["num_items_in_batch"])
-        width = rows["prompt_ids"].size(1) + rows["completion_ids"].size(1)
-        full_head = samples * width if shape.head_everywhere else tokens
+        scored = n.tokens_in_slots if self.whole_rows else n.tokens_trained
+        looked_at = n.tokens_in_slots if self._in_micro_batches(share) and not self.whole_rows else 0
+        everywhere = n.rows_generated * width
+        full_head = everywhere if shape.head_everywhere else n.tokens_generated
         work = shape.body_passes * shape.body_weights * positions + shape.head_weights * (4 * scored + looked_at)
-        full = shape.body_passes * shape.body_weights * samples * width + shape.head_weights * 4 * full_head
+        full = shape.body_passes * shape.body_weights * everywhere + shape.head_weights * 4 * full_head
+        divisor = {"kept": n.tokens_trained, "selected": n.tokens_selected, "full": n.tokens_generated}
+        norm = self.method.loss_norm
+        windows = packed.parts(shape.windows if norm == "full" else 0) / self.accelerator.num_processes
         return {
-            "selection/samples_generated": samples,
-            "selection/samples_trained": len(used),
-            "selection/samples_skipped": samples - len(used),
-            "selection/tokens_generated": tokens,
-            "selection/tokens_trained": trained,
-            "selection/tokens_skipped": tokens - trained,
+            "selection/samples_generated": n.rows_generated,
+            "selection/samples_trained": n.rows_trained,
+            "selection/samples_skipped": n.rows_generated - n.rows_trained,
+            "selection/tokens_generated": n.tokens_generated,
+            "selection/tokens_trained": n.tokens_trained,
+            "selection/tokens_skipped": n.tokens_generated - n.tokens_trained,
             "selection/work_share": work / max(full, 1.0),
+            "selection/divisor": max(divisor[norm], 1) / windows,
         }
 
-    def _metrics(
-        self,
-        rows: RowBatch,
-        kept: Tensor,
-        keep: Tensor,
-        budget: tuple[int, float, bool],
-        output: Mapping[str, Any],
-    ) -> dict[str, float]:
+    def _statistics(self, rows: RowBatch, kept: Tensor, budget: tuple[int, float, bool]) -> dict[str, float]:
+        """The schedule, and what kind of rows were kept."""
         n_keep, share, _ = budget
         count = rows.credit.numel() if self.method.scope == "batch" else rows.group_size
-        found = {"selection/rows_share": min(1.0, n_keep / count), "selection/tokens_share": share}
-        values = rows.credit[kept]
+        values, some = rows.credit[kept], kept.numel() > 0
         spread = float(rows.credit.var(unbiased=False))
         grouped = rows.rewards.view(-1, rows.group_size).nanmean(1)
-        return found | {
+        return {
+            "selection/rows_share": min(1.0, n_keep / count),
+            "selection/tokens_share": share,
             "selection/prompts_trained": float(rows.groups[kept].unique().numel()),
-            "selection/prompt_reward_trained": float(grouped[rows.groups[kept]].mean()) if kept.numel() else 0.0,
-            "selection/credit_mean": float(values.mean()) if kept.numel() else 0.0,
-            "selection/variance_gain": float(values.var(unbiased=False)) / spread if kept.numel() and spread else 0.0,
+            "selection/prompt_reward_trained": float(grouped[rows.groups[kept]].mean()) if some else 0.0,
+            "selection/credit_mean": float(values.mean()) if some else 0.0,
+            "selection/variance_gain": float(values.var(unbiased=False)) / spread if some and spread else 0.0,
         }
 
     def everything_metrics(self, output: Mapping[str, Any], rows: int, share: float) -> dict[str, float]:
@@ -279,7 +271,7 @@ class RolloutSelector:
         }
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Packed:
     windows: list[list[Slots]]
     """[window][rank][slot] -> indices of kept rows"""
@@ -287,7 +279,30 @@ class _Packed:
     """prompt tokens of each kept row"""
     cuts: list[int]
     """completion positions of each kept row up to the last one that is needed"""
-    metrics: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def slots(self) -> list[list[int]]:
+        """Every micro-batch with rows, on any rank."""
+        return [slot for window in self.windows for rank in window for slot in rank if slot]
+
+    def parts(self, windows: int = 0) -> int:
+        """Ranks times optimizer steps: `windows`, or those that have rows."""
+        live = windows or sum(used_slots(window) > 0 for window in self.windows)
+        return max(1, live) * len(self.windows[0])
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """Counts of one rollout over all ranks."""
+
+    rows_generated: int
+    rows_selected: int
+    rows_trained: int
+    tokens_generated: float
+    tokens_selected: int
+    tokens_in_slots: int
+    """of the rows that reach a forward pass"""
+    tokens_trained: int
 
 
 def row_batch(accelerator: Accelerator, batch: TokenBatch, credit: Tensor, seed: int) -> RowBatch:
