@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rltok.entropy import EntropyStats
+
+if TYPE_CHECKING:
+    from rltok.attention.signals import AttentionSignals
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,12 @@ class TokenBatch:
     """(B, T) entropy in nats under the same policy, only if asked for"""
     entropy_stats: EntropyStats | None = None
     """statistics of `entropy` over all ranks, only if asked for"""
+    attention: AttentionSignals | None = None
+    """(B, T) attention signals of the policy that sampled, only if asked for"""
+    response_mask: Tensor | None = None
+    """(B, T) 1 at every completion token, also those the loss does not count (tools, rejected); None: same as `mask`"""
+    seed: int = 0
+    """not negative; differs between rollouts, equal when a run is repeated, on all ranks alike"""
 
     @property
     def all_groups(self) -> Tensor:

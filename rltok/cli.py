@@ -198,6 +198,59 @@ def _short(value: Any) -> str:
 
 
 @app.command()
+def attend(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint or model directory, tiny-reasoner, or a hub id.", metavar="CHECKPOINT")
+    ],
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt to complete; may be repeated.")
+    ] = None,
+    completions: Annotated[
+        Path | None,
+        typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet with columns prompt and completion."),
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of FILE.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Make a plain prompt the user message of the tokenizer's chat template.")
+    ] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Longest completion of a prompt; default 256.")
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="Of the completion of a prompt; default 0, which is greedy.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; default 0.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of preplan_anchor, such as window=5; repeatable."),
+    ] = None,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the files.")] = Path("attend"),
+    pictures: Annotated[int, typer.Option("--pictures", help="Draw at most so many completions.")] = 4,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
+    ] = "float32",
+) -> None:
+    """Attention signals of completions (WAAD, FAI, preplan and anchor tokens): JSON, Parquet and a picture."""
+    from rltok.attend import AttendOptions, run_attend
+
+    options = AttendOptions(
+        checkpoint=checkpoint,
+        prompts=tuple(prompt or ()),
+        completions=completions,
+        rows=rows,
+        chat=chat,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        settings=tuple(settings or ()),
+        out=out,
+        pictures=pictures,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_attend(options, console))
+
+
+@app.command()
 def methods() -> None:
     """Every method of the four doors and every reward, with options and defaults."""
     from rltok.credit import CREDIT

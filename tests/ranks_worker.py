@@ -22,6 +22,7 @@ from rltok.trainers import CreditConfig, CreditTrainer
 RANKS = 2
 GROUP, PER_RANK, STEPS = 4, 6, 4  # the third group of four lies on two ranks
 
+PREPLAN = {"type": "preplan_anchor", "window": 2, "horizon_min": 1, "horizon_max": 4}
 CUT = {"rows_start": 0.4, "rows_end": 0.4, "tokens_start": 0.5, "tokens_end": 0.5}
 # the last case's trainer also serves the comparison with TRL's loss, so it has no objective terms
 CASES: dict[str, dict[str, object]] = {
@@ -33,6 +34,8 @@ CASES: dict[str, dict[str, object]] = {
     "corrected": {
         "rollout": {"correction": {"mode": "mask", "clip_max": 1.1, "symmetric": True, "batch_normalize": True}}
     },
+    "preplan": {"credit": PREPLAN},
+    "preplan_batch": {"credit": PREPLAN | {"head_scope": "batch", "control": "shuffled"}},
     "d3s": {"selection": CUT | {"type": "d3s"}},
     "d3s_hapo": {
         "credit": {"type": "token_group_average"},

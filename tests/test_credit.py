@@ -1,8 +1,11 @@
 """What every credit method must do, whatever it computes; a new method needs no row here, the registry is the list."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from rltok.attention.signals import AttentionSignals
 from rltok.batch import TokenBatch, masked_mean
 from rltok.credit import CREDIT, check_credit, shape_by_entropy
 from rltok.entropy import entropy_stats
@@ -29,6 +32,45 @@ def batch(rewards=None, lengths=LENGTHS, width=5, seed=0):
         old_logps=-torch.rand(rows, width, generator=generator),
         entropy=entropy,
         entropy_stats=entropy_stats(entropy, mask),
+        attention=attention_signals(mask, generator),
+        response_mask=mask,
+        seed=seed,
+    )
+
+
+def attention_signals(mask, generator):
+    """Signals of a pass over one layer of two heads with a horizon that starts at the next token."""
+    rows = mask.size(0)
+    ahead = (mask.flip(1).cumsum(1).flip(1) - 1).clamp(min=0) * mask
+    return AttentionSignals(
+        waad=torch.rand(mask.shape, generator=generator) * 10 * mask,
+        fai=torch.rand(mask.shape, generator=generator) * (ahead > 0),
+        fai_count=ahead.long(),
+        span=torch.rand(rows, 2, generator=generator),
+        local=torch.tensor([[0]]).expand(rows, 1),
+        global_=torch.tensor([[1]]).expand(rows, 1),
+        layers=(0,),
+    )
+
+
+def cut(data, rows=slice(None), tokens=slice(None), **changes):
+    """`data` with some rows, in any order, and some tokens of its local tensors; the numbers of all ranks stay."""
+    signals = data.attention
+    return dataclasses.replace(
+        data,
+        advantages=data.advantages[rows],
+        attention=dataclasses.replace(
+            signals,
+            span=signals.span[rows],
+            local=signals.local[rows],
+            global_=signals.global_[rows],
+            **{name: getattr(signals, name)[rows][:, tokens] for name in ("waad", "fai", "fai_count")},
+        ),
+        **{
+            name: getattr(data, name)[rows][:, tokens]
+            for name in ("mask", "ids", "old_logps", "entropy", "response_mask")
+        },
+        **changes,
     )
 
 
@@ -70,51 +112,20 @@ def test_a_constant_group_gets_no_credit_to_speak_of(method):
 def test_order_of_rows_inside_a_group_does_not_matter(method):
     data = batch()
     order = torch.tensor([2, 0, 3, 1, 7, 5, 4, 6])
-    shuffled = TokenBatch(
-        advantages=data.advantages[order],
-        mask=data.mask[order],
-        ids=data.ids[order],
-        all_rewards=data.all_rewards[order],
-        all_lengths=data.all_lengths[order],
-        group_size=4,
-        old_logps=data.old_logps[order],
-        entropy=data.entropy[order],
-        entropy_stats=data.entropy_stats,
-    )
+    shuffled = cut(data, order, all_rewards=data.all_rewards[order], all_lengths=data.all_lengths[order])
     torch.testing.assert_close(method(shuffled), method(data)[order])
 
 
 def test_right_padding_does_not_matter(method):
     wide = batch(width=9)
-    narrow = TokenBatch(
-        advantages=wide.advantages,
-        mask=wide.mask[:, :5],
-        ids=wide.ids[:, :5],
-        all_rewards=wide.all_rewards,
-        all_lengths=wide.all_lengths,
-        group_size=4,
-        old_logps=wide.old_logps[:, :5],
-        entropy=wide.entropy[:, :5],
-        entropy_stats=wide.entropy_stats,
-    )
+    narrow = cut(wide, tokens=slice(5))
     torch.testing.assert_close(method(wide)[:, :5], method(narrow))
 
 
 def test_a_rank_gets_its_own_rows(method):
     whole = batch()
     local = slice(3, 6)  # the second group lies on two ranks
-    part = TokenBatch(
-        advantages=whole.advantages[local],
-        mask=whole.mask[local],
-        ids=whole.ids[local],
-        all_rewards=whole.all_rewards,
-        all_lengths=whole.all_lengths,
-        group_size=4,
-        offset=3,
-        old_logps=whole.old_logps[local],
-        entropy=whole.entropy[local],
-        entropy_stats=whole.entropy_stats,
-    )
+    part = cut(whole, local, offset=3)
     torch.testing.assert_close(method(part), method(whole)[local])
 
 

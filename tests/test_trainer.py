@@ -20,6 +20,7 @@ HAPO_DOORS = {
 }
 
 
+PREPLAN = {"type": "preplan_anchor", "window": 2, "horizon_min": 1, "horizon_max": 4}
 DOORS = ("credit", "objective", "rollout", "selection")
 
 
@@ -61,6 +62,8 @@ NEUTRAL = {
         "rollout": {"decoding": [{"type": "adaptive_temperature", "tau": 0.0}]},
     },
     "recorded only": {"rollout": {"record_logps": "always"}},
+    "preplan 1": {"credit": {"type": "preplan_anchor", "gamma_amp": 1.0}},
+    "preplan of nothing": {"credit": {"type": "preplan_anchor", "top_quantile": 0.0}},
     "shaping 0": {"credit": {"type": "entropy_shaping", "alpha": 0.0}},
     "clip-cov 0": {"objective": {"type": "clip_cov", "ratio": 0.0}},
     "d3s keeps all": {"selection": {"type": "d3s", "rows_start": 1.0, "tokens_start": 1.0}},
@@ -92,6 +95,13 @@ ACTIVE = {
     "shaping": {"credit": {"type": "entropy_shaping"}},
     "gspo_token": {"objective": {"type": "gspo_token"}, "loss_type": "grpo", "epsilon": 0.01, "epsilon_high": 0.01},
     "chain": {"objective": [{"type": "hapo"}, {"type": "clip_cov", "ratio": 0.1, "low": 0.0}]},
+    "preplan": {"credit": PREPLAN},
+    "preplan local, batch heads": {"credit": PREPLAN | {"strategy": "local", "head_scope": "batch"}},
+    "preplan global, positive": {"credit": PREPLAN | {"strategy": "global", "sign": "positive"}},
+    "preplan shuffled": {"credit": PREPLAN | {"control": "shuffled"}},
+    "preplan entropy": {"credit": PREPLAN | {"control": "entropy"}},
+    "d3s on preplan": {"credit": PREPLAN, "selection": {"type": "d3s"}},
+    "preplan on hapo": {"credit": PREPLAN, "objective": {"type": "hapo"}},
     "d3s": {"selection": {"type": "d3s"}},
     "d3s by micro-batch": {"selection": {"type": "d3s", "entropy_from": "micro"}},
     "d3s per prompt": {"selection": {"type": "d3s", "scope": "group", "token_scope": "sample", "drop_zero": True}},
@@ -357,6 +367,12 @@ REFUSED = [
         {"rollout": {"correction": {"mode": "truncate", "level": "sequence"}}, "loss_type": "vespo"},
         "correction.level='sequence'.*loss_type='vespo'",
     ),
+    ({"credit": PREPLAN | {"strategy": "locl"}}, "strategy.*'locl'.*local"),
+    ({"credit": PREPLAN | {"head_quantile": 0.7}}, "head_quantile=0.7"),
+    (
+        {"credit": PREPLAN, "importance_sampling_level": "sequence"},
+        "PreplanAnchor.*importance_sampling_level='sequence'",
+    ),
     ({"selection": {"type": "d3"}}, "selection.*'d3'.*d3s"),
     ({"selection": {"type": "d3s", "rows_start": 1.5}}, "rows_start=1.5 is not in"),
     ({"selection": {"type": "pods", "rows_start": 0.5}}, "selection.rows_start.*keep"),
@@ -399,10 +415,15 @@ def test_one_update_per_rollout_warns_that_hapo_is_idle(tmp_path):
 
 
 def test_a_signal_nobody_can_give_is_refused(tmp_path):
+    class Curious:
+        needs, per_token = ("hidden_states",), True
+
     class Attentive:
         needs, per_token = ("attention",), True
 
-    with pytest.raises(ConfigError, match="Attentive needs 'attention'.*entropy"):
+    with pytest.raises(ConfigError, match="Curious needs 'hidden_states'.*attention, entropy"):
+        make(tmp_path, credit=Curious())
+    with pytest.raises(ConfigError, match="Attentive needs 'attention' but has no `attention`"):
         make(tmp_path, credit=Attentive())
 
 

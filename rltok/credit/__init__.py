@@ -1,25 +1,29 @@
 """Door 1: credit. One file per method: rewards of completions -> (B, T) advantages.
 
-A method is a frozen dataclass with `needs` (signals it reads: `entropy`, `old_logps`, `entropy_stats`), `per_token`
-(False when every token of a completion gets the same) and `__call__(batch: TokenBatch) -> Tensor` of shape (B, T),
-finite, and 0 where `batch.mask` is 0.
+A method is a frozen dataclass with `needs` (signals it reads: `entropy`, `old_logps`, `entropy_stats`, `attention`),
+`per_token` (False when every token of a completion gets the same) and `__call__(batch: TokenBatch) -> Tensor` of shape
+(B, T), finite, and 0 where `batch.mask` is 0. One that needs `attention` has a property `attention` with the options of
+that pass. A method `metrics(batch) -> dict[str, Tensor]` is optional: (B, T) values to log, averaged over tokens.
 """
 
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from rltok.batch import TokenBatch
 from rltok.credit.entropy_shaping import EntropyShaping, shape_by_entropy
 from rltok.credit.group import GroupCredit
+from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma, shape_advantages
 from rltok.credit.token_group_average import TokenGroupAverage, token_group_average
 
 
 class CreditMethod(Protocol):
     """Rewards of completions -> credit of tokens."""
 
-    needs: ClassVar[tuple[str, ...]]
-    per_token: ClassVar[bool]
+    @property
+    def needs(self) -> tuple[str, ...]: ...
+    @property
+    def per_token(self) -> bool: ...
 
     def __call__(self, batch: TokenBatch) -> Tensor: ...
 
@@ -28,6 +32,7 @@ CREDIT: dict[str, type] = {
     "group": GroupCredit,
     "token_group_average": TokenGroupAverage,
     "entropy_shaping": EntropyShaping,
+    "preplan_anchor": PreplanAnchor,
 }
 
 
@@ -53,8 +58,12 @@ __all__ = [
     "CreditMethod",
     "EntropyShaping",
     "GroupCredit",
+    "PreplanAnchor",
+    "RhythmCredit",
     "TokenGroupAverage",
     "check_credit",
+    "rhythm_gamma",
+    "shape_advantages",
     "shape_by_entropy",
     "token_group_average",
 ]

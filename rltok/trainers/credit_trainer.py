@@ -32,7 +32,9 @@ from transformers.utils import is_peft_available
 from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
+from rltok.attention import AttentionSignals, attention_signals
 from rltok.batch import TokenBatch
+from rltok.config import ConfigError
 from rltok.correction import rollout_weights
 from rltok.credit import CreditMethod, check_credit
 from rltok.entropy import LOG_FLOOR, EntropyStats, entropy_signal, entropy_stats
@@ -156,6 +158,11 @@ class CreditTrainer(GRPOTrainer):
             assert self._refill is not None
             self._skipping = SkippedPrompts(
                 rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
+            )
+        if "attention" in self.doors.credit.needs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(
+                f"credit.type={type(self.doors.credit).__name__} reads attention, in passes whose number differs "
+                "between ranks; sharded models (FSDP, DeepSpeed) would hang. Train unsharded, or use another credit."
             )
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._postponed = False
@@ -290,7 +297,8 @@ class CreditTrainer(GRPOTrainer):
             self._correct(output, scored_logps, mode)
         mask = _loss_mask(output)
         stats = self._entropy_statistics(output, entropy, mask, mode)
-        batch = self._token_batch(output, mask, rewards_per_func, scored_logps, entropy, stats)
+        attention = self._attention_signals(output, mode)
+        batch = self._token_batch(output, mask, rewards_per_func, scored_logps, entropy, stats, attention)
         credit = self.doors.credit(batch)
         check_credit(credit, batch, type(self.doors.credit).__name__)
         if self.log_completions and mode == "train" and self.doors.rollout.dynamic_sampling is not None:
@@ -300,6 +308,7 @@ class CreditTrainer(GRPOTrainer):
         if budget is not None:
             shown = self._select(output, batch, credit, entropy, budget, postpone)
         self._log_credit(output, credit, shown, mask, mode)
+        self._log_method(batch, mode)
         return output
 
     def _token_batch(
@@ -310,6 +319,7 @@ class CreditTrainer(GRPOTrainer):
         logps: Tensor | None,
         entropy: Tensor | None,
         stats: EntropyStats | None,
+        attention: AttentionSignals | None,
     ) -> TokenBatch:
         parts = gather_rows(self.accelerator, rewards_per_func)
         rewards = (parts * self.reward_weights.to(parts.device)).nansum(1)
@@ -326,7 +336,25 @@ class CreditTrainer(GRPOTrainer):
             old_logps=logps,
             entropy=entropy,
             entropy_stats=stats,
+            attention=attention,
+            response_mask=output["completion_mask"].to(output["advantages"].dtype),
+            seed=self.args.seed * 1_000_003 + self._step,
         )
+
+    def _attention_signals(self, output: Mapping[str, Any], mode: str) -> AttentionSignals | None:
+        """One pass over the rollout with the learner's weights, if the credit method asks for attention."""
+        method = self.doors.credit
+        if "attention" not in method.needs:
+            return None
+        if any(key in output for key in MULTIMODAL):
+            raise ValueError("credit from attention does not support images; use another credit.type")
+        start = time.perf_counter()
+        ids, mask, _ = _sequence(output)
+        config = method.attention  # type: ignore[attr-defined]
+        with self.accelerator.autocast():
+            signals = attention_signals(self.model, ids, mask, output["completion_mask"], config, self._reducer)
+        self._metrics[mode]["attention/seconds"].append(time.perf_counter() - start)
+        return signals
 
     def _entropy_statistics(
         self, output: dict[str, Any], entropy: Tensor | None, mask: Tensor, mode: str
@@ -762,6 +790,15 @@ class CreditTrainer(GRPOTrainer):
                 first = self.accelerator.process_index * credit.size(0)
                 output["row"] = first + torch.arange(credit.size(0), device=credit.device)
             self._table.add(output["completion_ids"], shown, mask, updates_follow=mode == "train")
+
+    def _log_method(self, batch: TokenBatch, mode: str) -> None:
+        """Numbers of the credit method's own, `metrics(batch)` if it has them: means over tokens of all ranks."""
+        metrics = getattr(self.doors.credit, "metrics", None)
+        if metrics is None:
+            return
+        for name, value in metrics(batch).items():
+            total, count = self._reducer.sum(torch.stack([(value * batch.mask).sum(), batch.mask.sum()])).tolist()
+            self._metrics[mode][f"credit/{name}"].append(total / max(count, 1.0))
 
     def _show_trained_rows(self, output: Mapping[str, Any], batch: TokenBatch) -> None:
         """After dynamic sampling the table shows the rows that are trained, not the candidates."""

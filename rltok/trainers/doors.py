@@ -28,7 +28,7 @@ class Doors:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Signals of the generation batch that some part reads: `entropy`, `entropy_stats`, `old_logps`."""
+        """Signals that some part reads: `entropy`, `entropy_stats`, `old_logps`, `attention`."""
         return self.rollout.needs.union(self.credit.needs, *(term.needs for term in self.objective))
 
 
@@ -82,18 +82,24 @@ def check_doors(doors: Doors, args: GRPOConfig, reward_names: Sequence[str], has
 
 
 SIGNALS = frozenset({"entropy", "entropy_stats", "old_logps"})
-"""What the trainer can compute for a method."""
+"""What the trainer can compute for a method; credit methods may also ask for `attention`."""
 
 
 def _check_signals(doors: Doors) -> None:
     parts: list[Any] = [doors.credit, *doors.objective, *doors.rollout.decoding]
     for part in parts:
-        unknown = sorted(set(part.needs) - SIGNALS)
+        allowed = SIGNALS | {"attention"} if part is doors.credit else SIGNALS
+        unknown = sorted(set(part.needs) - allowed)
         if unknown:
             raise ConfigError(
                 f"{type(part).__name__} needs {', '.join(map(repr, unknown))}, which the trainer cannot give; "
-                f"allowed in `needs`: {', '.join(sorted(SIGNALS))}"
+                f"allowed in `needs`: {', '.join(sorted(allowed))}"
             )
+    if "attention" in doors.credit.needs and not hasattr(doors.credit, "attention"):
+        raise ConfigError(
+            f"{type(doors.credit).__name__} needs 'attention' but has no `attention`, the AttentionConfig that says "
+            "which layers and windows"
+        )
 
 
 def _check_credit(doors: Doors, args: GRPOConfig) -> None:
