@@ -34,7 +34,7 @@ from rltok.attention.probe import UnprobeableAttentionError, evaluating, probeab
 from rltok.attention.signals import AttentionSignals, attention_signals
 from rltok.config import ConfigError, build
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma
-from rltok.evaluate import _generate, isolated_rng
+from rltok.evaluate import generate_batch, isolated_rng
 from rltok.models import ModelConfig, load_model, load_tokenizer
 from rltok.run import quiet_libraries, write_atomically
 
@@ -158,7 +158,7 @@ def run_attend(options: AttendOptions, console: Console) -> int:
     quiet_libraries()
     method = build_method(options.settings)
     rows = None if options.completions is None else read_completions(options.completions, options.rows)
-    model, tokenizer = _load(options)
+    model, tokenizer = load_checkpoint(options)
     _check_probeable(model, method)  # before the time that generation takes
     if rows is None:
         samples = generate(model, tokenizer, [_asked(p, options.chat) for p in options.prompts], **_generation(options))
@@ -383,7 +383,7 @@ def generate(
     with isolated_rng(seed), evaluating(model), torch.no_grad():
         for start in range(0, len(asked), GENERATION_BATCH):
             batch = asked[start : start + GENERATION_BATCH]
-            outputs = _generate(model, tokenizer, [ids for _, ids in batch], max_new_tokens, temperature, 1.0)
+            outputs = generate_batch(model, tokenizer, [ids for _, ids in batch], max_new_tokens, temperature, 1.0)
             for (text, ids), output in zip(batch, outputs, strict=True):
                 samples.append(Sample(text, ids, tokenizer.decode(output, skip_special_tokens=True), output))
     return samples
@@ -412,10 +412,10 @@ def attend(
         ConfigError: the model's attention cannot be probed, its context is too short, or layers or heads do not fit.
     """
     _check_length(model, samples)
-    input_ids, attention_mask, response_mask = _padded(samples, tokenizer.pad_token_id or 0)
+    input_ids, attention_mask, response_mask = padded(samples, tokenizer.pad_token_id or 0)
     device = next(model.parameters()).device
     masks = (attention_mask.to(device), response_mask.to(device))
-    with _in_words():
+    with in_words():
         signals = attention_signals(model, input_ids.to(device), *masks, method.attention)
     if not (signals.waad.isfinite().all() and signals.fai.isfinite().all()):
         dtype = next(model.parameters()).dtype
@@ -431,12 +431,12 @@ def attend(
 
 
 def _check_probeable(model: nn.Module, method: PreplanAnchor) -> None:
-    with _in_words():
+    with in_words():
         probeable_layers(model, method.layers)
 
 
 @contextmanager
-def _in_words() -> Iterator[None]:
+def in_words() -> Iterator[None]:
     """What the attention pass refuses, as errors of this command."""
     try:
         yield
@@ -457,7 +457,7 @@ def _check_length(model: nn.Module, samples: Sequence[Sample]) -> None:
         )
 
 
-def _padded(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor, Tensor]:
+def padded(samples: Sequence[Sample], pad: int) -> tuple[Tensor, Tensor, Tensor]:
     """(B, P + C) ids and attention mask, padded left of prompts and right of completions; (B, C) response mask."""
     width = max(len(sample.prompt_ids) for sample in samples)
     length = max(len(sample.completion_ids) for sample in samples)
@@ -746,7 +746,7 @@ def _clip(text: str, length: int) -> str:
 # Model
 
 
-def _load(options: AttendOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_checkpoint(options: AttendOptions) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model on this process's device, and tokenizer.
 
     Raises:

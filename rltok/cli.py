@@ -251,6 +251,43 @@ def attend(
 
 
 @app.command()
+def heads(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A checkpoint or model directory, tiny-reasoner, or a hub id.", metavar="CHECKPOINT")
+    ],
+    completions: Annotated[
+        Path,
+        typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet with columns prompt and completion."),
+    ],
+    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of FILE.")] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Make a plain prompt the user message of the tokenizer's chat template.")
+    ] = False,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of preplan_anchor: layers, head_quantile."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the section to a YAML file.")] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
+    ] = "float32",
+) -> None:
+    """Local and global heads of a model, ranked once: a credit section with head_scope static."""
+    from rltok.attend import AttendOptions
+    from rltok.calibrate import run_heads
+
+    options = AttendOptions(
+        checkpoint=checkpoint,
+        completions=completions,
+        rows=rows,
+        chat=chat,
+        settings=tuple(settings or ()),
+        dtype=dtype,
+    )
+    raise typer.Exit(run_heads(options, out, console))
+
+
+@app.command()
 def methods() -> None:
     """Every method of the four doors and every reward, with options and defaults."""
     from rltok.credit import CREDIT

@@ -71,7 +71,7 @@ def evaluate(
     with isolated_rng(seed), _evaluating(model), _autocast(model, autocast), torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            outputs = _generate(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, temperature, top_p)
+            outputs = generate_batch(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, temperature, top_p)
             for i, output in zip(chosen, outputs, strict=True):
                 ids[i] = output
             if on_batch is not None:
@@ -157,7 +157,7 @@ def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwa
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _generate(
+def generate_batch(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[list[int]],

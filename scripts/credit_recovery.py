@@ -3,8 +3,8 @@
     python scripts/credit_recovery.py [--seeds 0 1 2] [--completions 256] [--steps 300] [--json figures.json]
 
 Language (41 tokens). A prompt is a few fillers and a target. A completion is fillers with ONE deciding token among
-them, one of four, anywhere in the first two thirds; 10 - 20 tokens after it come a mark, the answer, four closing
-tokens and the end. Answer and closing tokens are functions of the deciding token and of nothing else, and the reward
+them, one of four, in the first two thirds; 18 - 28 tokens after it come a mark, the answer, four closing tokens and
+the end. Answer and closing tokens are functions of the deciding token and of nothing else, and the reward
 is 1 if the answer is the target: the deciding token alone decides it. A small Qwen3 learns the language from scratch
 by next-token prediction, and then samples the completions that are scored; those that break the grammar are left out
 and counted. That the model itself reads its answer off the deciding token is measured by exchanging the token.
@@ -22,14 +22,17 @@ Two controls beside `shuffled`, `entropy` and uniform:
                 which mean nothing: what it gains from rarity alone
 
 What entropy can pick up. The deciding token comes with the same chance at every place until it has come, and then gives
-this chance to four tokens that mean nothing, so entropy before and after it is equal by construction, up to two
-things: the chance rises towards the last place where it may stand, and the mark has a chance of its own from 10 tokens
-after it. Mark, answer, closing tokens and end are almost certain, so every token before them, the deciding one too,
-outranks them in entropy: that alone gives about 0.6. `before the mark` ranks without them.
+this chance to four tokens that mean nothing, so the language's entropy is equal before, at and after it, but for two
+things: after 39 places without it, it must come (1.6 % of the completions), and the mark has a chance of its own from
+18 tokens after it. The model's entropy is not exactly equal, and ranks see the smallest difference. Mark, answer, closing
+tokens and end are almost certain, so every token before them, the deciding one too, outranks them in entropy: that
+alone gives about 0.59. `before mark` ranks without them.
 
 Windows: the paper's W = 10 and horizon 10 - 100 are for completions of hundreds of tokens, ours have about 40. `scaled`
 divides all three by 2.5, so that the longest horizon is the length of a completion: W = 4, horizon 4 - 40. It was fixed
-by this argument before any figure was seen; the paper's values are reported beside it.
+by this argument before any figure was seen; the paper's values are reported beside it. Both probe the default layers,
+2, 3 and 4 of 0 - 5. `all layers` is `scaled` on all six; it was added after the first figures, as a diagnosis, because
+the heads that read the deciding token were found in layers 0 and 1.
 """
 
 from __future__ import annotations
@@ -74,19 +77,23 @@ VOCABULARY = 41
 
 RARE = 0.1
 """chance of a deciding token (later: of a LATER one) at a place, and of a decoy"""
-LAST_PLACE = 24
-"""the deciding token is one of the first 24 tokens; at least 17 follow, so it lies in the first two thirds"""
-GAP = (10, 20)
+LAST_PLACE = 40
+"""the deciding token is one of the first 40 tokens; at least 25 follow, so it lies in the first two thirds"""
+GAP = (18, 28)
 """tokens between the deciding token and the mark"""
 CLOSINGS = 4
 TAIL = CLOSINGS + 3
 """mark, answer, closing tokens, end"""
 MAX_COMPLETION = LAST_PLACE + GAP[1] + TAIL
 
-WINDOWS = {
-    "scaled": {"window": 4, "horizon_min": 4, "horizon_max": 40},
+LAYERS = 6
+SCALED = {"window": 4, "horizon_min": 4, "horizon_max": 40}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "scaled": SCALED,
     "paper": {"window": 10, "horizon_min": 10, "horizon_max": 100},
+    "all layers": SCALED | {"layers": tuple(range(LAYERS))},
 }
+"""options of the attention pass"""
 STRATEGIES = ("local", "global", "coupled")
 STEPS = 300
 MIN_ACCURACY = 0.95
@@ -109,7 +116,8 @@ def write_completion(rng: random.Random) -> list[int]:
     """A completion of the language."""
     body: list[int] = []
     while not body or body[-1] not in DECIDING:
-        body = body + [_body_token(rng, DECIDING)] if len(body) < LAST_PLACE else []
+        must_decide = len(body) == LAST_PLACE - 1
+        body.append(rng.choice(DECIDING) if must_decide else _body_token(rng, DECIDING))
     decision = DECIDING.index(body[-1])
     after = [_body_token(rng, LATER) for _ in range(rng.randint(*GAP))]
     return [*body, *after, *write_tail(decision)]
@@ -152,7 +160,7 @@ def build_model() -> Qwen3ForCausalLM:
             vocab_size=VOCABULARY,
             hidden_size=64,
             intermediate_size=192,
-            num_hidden_layers=6,
+            num_hidden_layers=LAYERS,
             num_attention_heads=4,
             num_key_value_heads=4,
             head_dim=16,
@@ -307,24 +315,24 @@ def token_batch(model: Qwen3ForCausalLM, rollouts: Rollouts, seed: int) -> Token
 
 
 def credits(model: Qwen3ForCausalLM, rollouts: Rollouts, seed: int) -> Iterator[tuple[str, str, Tensor]]:
-    """Windows ("" where they play no part), method and its credit (B, C)."""
+    """Setting of the attention pass ("" where it plays no part), method, and its credit (B, C)."""
     batch = token_batch(model, rollouts, seed)
     assert batch.entropy is not None
     yield "", "uniform (group)", GroupCredit()(batch)
     yield "", "entropy, raw", batch.entropy
     yield "", "entropy shaping", EntropyShaping()(batch)
-    for windows, options in WINDOWS.items():
+    for setting, options in SETTINGS.items():
         config = PreplanAnchor(**options).attention
         signals = attention_signals(model, rollouts.input_ids, rollouts.attention_mask, rollouts.mask, config)
         seen = replace(batch, attention=signals)
         change = torch.zeros_like(signals.waad)
         change[:, :-1] = (signals.waad[:, :-1] - signals.waad[:, 1:]).abs() * rollouts.mask[:, 1:]
-        yield windows, "WAAD change, raw", change
-        yield windows, "FAI, raw", signals.fai
+        yield setting, "WAAD change, raw", change
+        yield setting, "FAI, raw", signals.fai
         for strategy in STRATEGIES:
             for control in ("none", "shuffled", "entropy"):
                 name = strategy if control == "none" else f"{strategy}, {control}"
-                yield windows, name, PreplanAnchor(strategy=strategy, control=control, **options)(seen)
+                yield setting, name, PreplanAnchor(strategy=strategy, control=control, **options)(seen)
 
 
 # Statistic
@@ -369,7 +377,7 @@ def interval(values: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[
 class Finding:
     """Percentiles of the deciding tokens of B completions under one credit; all (B,)."""
 
-    windows: str
+    setting: str
     method: str
     rank: np.ndarray
     """among all tokens of the completion"""
@@ -385,7 +393,7 @@ class Finding:
     """1 where the deciding token's credit is above the mean of its completion"""
 
 
-def find(windows: str, method: str, credit: Tensor, rollouts: Rollouts, seed: int) -> Finding:
+def find(setting: str, method: str, credit: Tensor, rollouts: Rollouts, seed: int) -> Finding:
     """Where a credit (B, C) puts the deciding tokens. `seed` as in the batch, so that the shuffle is the control's."""
     rows, places = np.arange(len(credit)), rollouts.deciding.numpy()
     mask = rollouts.mask
@@ -396,7 +404,7 @@ def find(windows: str, method: str, credit: Tensor, rollouts: Rollouts, seed: in
     decoys = is_decoy.sum(1)
     own = credit[torch.arange(len(credit)), rollouts.deciding]
     return Finding(
-        windows,
+        setting,
         method,
         rank=ranks[rows, places],
         before_mark=percentiles(credit, body)[rows, places],
@@ -490,7 +498,7 @@ def summarise(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
         low, high = interval(joined["rank"])
         rows.append(
             {
-                "windows": same[0].windows,
+                "setting": same[0].setting,
                 "method": same[0].method,
                 "completions": len(joined["rank"]),
                 "rank": float(joined["rank"].mean()),
@@ -512,13 +520,13 @@ ARRAYS = ("rank", "before_mark", "shuffled", "place", "decoy", "above_mean")
 
 def table(rows: Sequence[Mapping[str, Any]]) -> Table:
     result = Table(title="percentile of the deciding token's credit within its completion (0.5: knows nothing)")
-    for column in ("windows", "credit"):
-        result.add_column(column)
-    for column in ("mean", "95 %", "by seed", "above mean", "AUC shuffled", "same place", "decoy", "before the mark"):
-        result.add_column(column, justify="right")
+    for column in ("setting", "credit"):
+        result.add_column(column, no_wrap=True)
+    for column in ("mean", "95 %", "by seed", "above mean", "AUC shuffled", "same place", "decoy", "before mark"):
+        result.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         result.add_row(
-            row["windows"],
+            row["setting"],
             row["method"],
             f"{row['rank']:.3f}",
             f"{row['rank_low']:.3f}-{row['rank_high']:.3f}",
@@ -537,17 +545,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    console = Console(width=130)
+    console = Console(width=150)
     outcomes = []
     for seed in arguments.seeds:
         outcomes.append(measure(seed, arguments.steps, arguments.completions))
         console.print(describe(outcomes[-1].facts), highlight=False)
     rows = summarise(outcomes)
     console.print(table(rows))
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.processor()}, 1 thread"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU, 1 thread"
     console.print(f"{arguments.completions} completions per seed, {arguments.steps} steps; {versions}", highlight=False)
     if arguments.json:
-        report = {"rows": rows, "models": [outcome.facts for outcome in outcomes], "windows": WINDOWS}
+        report = {"rows": rows, "models": [outcome.facts for outcome in outcomes], "settings": SETTINGS}
         arguments.json.write_text(json.dumps(report, indent=1) + "\n")
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from tests_support import build_model, build_tokenizer
 
@@ -33,6 +34,7 @@ from rltok.attention.signals import attention_signals
 from rltok.cli import main
 from rltok.config import ConfigError
 from rltok.credit.preplan_anchor import PreplanAnchor, rhythm_gamma
+from rltok.recipe import load_recipe
 
 TOKENIZER = build_tokenizer()
 SIGNALS = ("waad", "fai", "fai_count", "delta", "gamma_local", "gamma_global", "gamma_coupled")
@@ -446,3 +448,22 @@ def test_method_options_are_those_of_the_method() -> None:
     assert build_method([]) == PreplanAnchor()
     changed = build_method(["horizon_max=null", "tau_waad=2.5", "layers=[1, 2]", "window=3"])
     assert changed == PreplanAnchor(horizon_max=None, tau_waad=2.5, layers=(1, 2), window=3)
+
+
+def test_heads_are_ranked_once_and_make_a_recipe_section(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"prompt": f"compute {i} + {i + 1}", "completion": f"{i} + {i + 1} = {2 * i + 1}"} for i in range(6)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "heads.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["heads", "tiny-reasoner", "--completions", str(file), "--chat", "--out", str(out)])
+    assert stop.value.code in (0, None), capsys.readouterr()
+    section = yaml.safe_load(out.read_text(encoding="utf-8"))["credit"]
+    assert section["layers"] == [1, 2] and len(section["local_heads"]) == len(section["global_heads"]) == 2
+    child = tmp_path / "static.yaml"
+    child.write_text(out.read_text(encoding="utf-8") + "defaults: dapo.yaml\n", encoding="utf-8")
+    recipe = load_recipe(child)
+    assert recipe.credit["head_scope"] == "static" and recipe.credit["local_heads"] == section["local_heads"]
+    with pytest.raises(SystemExit) as stop:
+        main(["heads", "tiny-reasoner", "--completions", str(tmp_path / "none.jsonl")])
+    assert stop.value.code == 2 and "none.jsonl" in capsys.readouterr().err

@@ -425,6 +425,11 @@ def test_bfloat16_is_softmaxed_in_float32():
     close(stats, dense_statistics(collected_maps(half, ids, mask, (2, 3, 4)), mask, response, 10, (10, 100)), 1e-3)
     with torch.autocast("cpu", torch.bfloat16):
         cast = attention_statistics(model, ids, mask, response)
+        calls = {}
+        with probing(model, (2, 3, 4), lambda call: calls.__setitem__(call.layer, call)):
+            model(input_ids=ids, attention_mask=mask, use_cache=False)
+    maps = torch.cat([dense_map(calls[layer], mask) for layer in (2, 3, 4)], 1)
+    close(cast, dense_statistics(maps, mask, response, 10, (10, 100)), 1e-3)
     for found in (stats, cast):
         assert (found.waad - exact.waad).abs().max() < 1.0  # of 10 tokens; random weights of scale 0.25
         assert (found.waad - exact.waad).abs().mean() < 0.1
@@ -439,6 +444,20 @@ def test_another_model_in_the_context_is_not_seen():
         assert seen == []
         model.generate(ids[:1], max_new_tokens=4, min_new_tokens=4, do_sample=False)
     assert seen == [1]  # the prompt; decoding steps have fewer queries than keys
+
+
+@pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
+def test_what_padding_holds_does_not_matter(junk):
+    _, mask, response = make_batch()
+    region = Region.from_masks(mask, response)
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(3, 4, WIDTH, 8, generator=generator)
+    key = torch.randn(3, 2, WIDTH, 8, generator=generator)
+    clean = layer_statistics(query, key, 0.5, 12, region, 5, (3, 12), 16)
+    padding = ~mask.bool()[:, None, :, None]
+    dirty = [tensor.masked_fill(padding, junk) for tensor in (query, key)]
+    for a, b in zip(layer_statistics(*dirty, 0.5, 12, region, 5, (3, 12), 16), clean, strict=True):
+        assert torch.equal(a, b)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -519,7 +538,7 @@ def test_hybrid_models_are_probed_in_their_attention_layers_only():
     }
     torch.manual_seed(0)
     model = Qwen3NextForCausalLM(tiny(Qwen3NextConfig, layer_types=types, **linear)).eval()
-    refused(model, "layer 2 of type 'linear_attention'; probe layers of full_attention")
+    refused(model, r"layer 2 of type 'linear_attention'; set layers to some of \[1, 3, 5\]")
     ids, mask, response = make_batch()
     stats = attention_statistics(model, ids, mask, response, (1, 3))
     dense = dense_statistics(collected_maps(model, ids, mask, (1, 3)), mask, response, 10, (10, 100))
@@ -586,6 +605,15 @@ def test_bad_arguments_are_named():
     ):
         with pytest.raises(ValueError, match=match):
             attention_statistics(model, ids, mask, response, **settings)
+
+
+def test_leaving_a_sharded_model_is_refused():
+    model = make_model()
+    ids, mask, response = make_batch()
+    model.lm_head.weight.ds_id = 0  # what DeepSpeed ZeRO-3 puts on a parameter
+    with pytest.raises(ValueError, match="set stop_early=False"):
+        attention_statistics(model, ids, mask, response)
+    attention_statistics(model, ids, mask, response, stop_early=False)
 
 
 # ---- layers and heads

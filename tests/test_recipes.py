@@ -78,6 +78,16 @@ def test_the_arms_of_the_selection_experiment_differ_in_the_selection_only() -> 
     assert line == "selection: trains at most 64 of 256 completions and 100% of their tokens"
 
 
+def test_the_arms_of_the_attention_experiment_differ_in_one_option() -> None:
+    base, dapo = load_recipe("preplan"), load_recipe("dapo")
+    assert (base.training, base.data, base.rewards, base.selection) == (dapo.training, dapo.data, dapo.rewards, None)
+    changes = {"local": {"strategy": "local"}, "global": {"strategy": "global"}}
+    changes |= {"shuffled": {"control": "shuffled"}, "entropy": {"control": "entropy"}}
+    for name, change in changes.items():
+        arm = load_recipe(f"preplan_{name}")
+        assert arm.credit == base.credit | change and arm.training == base.training, name
+
+
 def test_hapo_official_settings() -> None:
     """The card's table: 512 prompts x 16 responses, 16 updates per rollout, on 32 devices."""
     for name, context in (("dapo_math_qwen2.5_1.5b", 16384), ("dapo_math_qwen2.5_7b", 32768)):

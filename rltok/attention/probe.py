@@ -38,7 +38,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 SUPPORTED = "supported: softmax attention through transformers' AttentionInterface, causal, full or sliding-window"
 PROBEABLE_LAYER_TYPES = ("full_attention", "sliding_attention", "attention")
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 """Scores held at once when `head_chunk` is None: small enough for a cache, large enough to fill a device."""
 
 
@@ -379,10 +379,11 @@ def _known_obstacle(core: PreTrainedModel, config: PreTrainedConfig, layers: Seq
         return "position biases in the attention scores (ALiBi)"
     if getattr(config, "use_bidirectional_attention", False):
         return f"bidirectional attention (use_bidirectional_attention={config.use_bidirectional_attention})"
-    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
     for layer in layers:
-        if types is not None and types[layer] not in PROBEABLE_LAYER_TYPES:
-            return f"layer {layer} of type {types[layer]!r}; probe layers of {', '.join(PROBEABLE_LAYER_TYPES[:2])}"
+        if types and types[layer] not in PROBEABLE_LAYER_TYPES:
+            possible = [index for index, kind in enumerate(types) if kind in PROBEABLE_LAYER_TYPES]
+            return f"layer {layer} of type {types[layer]!r}; set layers to some of {possible}"
     return None
 
 
@@ -537,7 +538,8 @@ def layer_statistics(
     lines = min(block, region.end_row - region.first_row)
     chunk = min(n_key, head_chunk or _head_chunk(query.device.type, rows * groups * lines * width))
     # Reused by every block: tensors that grow from block to block would leave a trail of holes in the heap.
-    scratch = query.new_empty((2, rows * chunk * groups * lines * width), dtype=dtype)
+    size = rows * chunk * groups * lines * width
+    scratch = query.new_empty(size, dtype=dtype), query.new_empty(size, dtype=dtype)
     for first in range(0, n_key, chunk):
         keys = key[:, first : first + chunk].to(dtype)
         if region.padded:  # whatever padding holds, it must not reach a sum as NaN
@@ -567,9 +569,9 @@ def _block_weights(
     region: Region,
     start: int,
     stop: int,
-    scratch: Tensor,
+    scratch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, int]:
-    """Attention weights of the rows [start, stop) as a view of `scratch`, and the column of their first key.
+    """Attention weights of the rows [start, stop) in the second tensor of `scratch`, and the column of their first key.
 
     Rows outside R get zero queries: their weights are finite and are left out of every sum.
     """

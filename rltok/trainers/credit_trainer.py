@@ -353,8 +353,21 @@ class CreditTrainer(GRPOTrainer):
         config = method.attention  # type: ignore[attr-defined]
         with self.accelerator.autocast():
             signals = attention_signals(self.model, ids, mask, output["completion_mask"], config, self._reducer)
-        self._metrics[mode]["attention/seconds"].append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._log_heads(signals, output["completion_mask"], seconds, mode)
         return signals
+
+    def _log_heads(self, signals: AttentionSignals, mask: Tensor, seconds: float, mode: str) -> None:
+        """Mean span of the two head groups over the completions of all ranks, and the time of the pass."""
+        some = (mask.sum(1) > 0).to(signals.span.dtype)
+        spans = [
+            signals.span.gather(1, heads.expand(mask.size(0), -1)).mean(1) for heads in (signals.local, signals.global_)
+        ]
+        sums = torch.stack([(span.nan_to_num() * some).sum() for span in spans] + [some.sum()])
+        near, far, count = self._reducer.sum(sums).tolist()
+        self._metrics[mode]["attention/local_span"].append(near / max(count, 1.0))
+        self._metrics[mode]["attention/global_span"].append(far / max(count, 1.0))
+        self._metrics[mode]["attention/seconds"].append(seconds)
 
     def _entropy_statistics(
         self, output: dict[str, Any], entropy: Tensor | None, mask: Tensor, mode: str
