@@ -197,22 +197,33 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+# options that `attend` and `heads` share
+Probed = Annotated[
+    str, typer.Argument(help="A checkpoint or model directory, tiny-reasoner, or a hub id.", metavar="CHECKPOINT")
+]
+FirstRows = Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of FILE.")]
+AsChat = Annotated[
+    bool, typer.Option("--chat", help="Make a plain prompt the user message of the tokenizer's chat template.")
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="An option of preplan_anchor, such as window=5; repeatable."),
+]
+WeightType = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
+]
+COMPLETIONS = typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet: columns prompt, completion.")
+
+
 @app.command()
 def attend(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint or model directory, tiny-reasoner, or a hub id.", metavar="CHECKPOINT")
-    ],
+    checkpoint: Probed,
     prompt: Annotated[
         list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt to complete; may be repeated.")
     ] = None,
-    completions: Annotated[
-        Path | None,
-        typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet with columns prompt and completion."),
-    ] = None,
-    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of FILE.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Make a plain prompt the user message of the tokenizer's chat template.")
-    ] = False,
+    completions: Annotated[Path | None, COMPLETIONS] = None,
+    rows: FirstRows = None,
+    chat: AsChat = False,
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="Longest completion of a prompt; default 256.")
     ] = None,
@@ -220,15 +231,10 @@ def attend(
         float | None, typer.Option("--temperature", help="Of the completion of a prompt; default 0, which is greedy.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; default 0.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of preplan_anchor, such as window=5; repeatable."),
-    ] = None,
+    settings: MethodOptions = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the files.")] = Path("attend"),
     pictures: Annotated[int, typer.Option("--pictures", help="Draw at most so many completions.")] = 4,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
-    ] = "float32",
+    dtype: WeightType = "float32",
 ) -> None:
     """Attention signals of completions (WAAD, FAI, preplan and anchor tokens): JSON, Parquet and a picture."""
     from rltok.attend import AttendOptions, run_attend
@@ -252,25 +258,13 @@ def attend(
 
 @app.command()
 def heads(
-    checkpoint: Annotated[
-        str, typer.Argument(help="A checkpoint or model directory, tiny-reasoner, or a hub id.", metavar="CHECKPOINT")
-    ],
-    completions: Annotated[
-        Path,
-        typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet with columns prompt and completion."),
-    ],
-    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of FILE.")] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Make a plain prompt the user message of the tokenizer's chat template.")
-    ] = False,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An option of preplan_anchor: layers, head_quantile."),
-    ] = None,
+    checkpoint: Probed,
+    completions: Annotated[Path, COMPLETIONS],
+    rows: FirstRows = None,
+    chat: AsChat = False,
+    settings: MethodOptions = None,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the section to a YAML file.")] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
-    ] = "float32",
+    dtype: WeightType = "float32",
 ) -> None:
     """Local and global heads of a model, ranked once: a credit section with head_scope static."""
     from rltok.attend import AttendOptions

@@ -24,9 +24,10 @@ Two controls beside `shuffled`, `entropy` and uniform:
 What entropy can pick up. The deciding token comes with the same chance at every place until it has come, and then gives
 this chance to four tokens that mean nothing, so the language's entropy is equal before, at and after it, but for two
 things: after 39 places without it, it must come (1.6 % of the completions), and the mark has a chance of its own from
-18 tokens after it. The model's entropy is not exactly equal, and ranks see the smallest difference. Mark, answer, closing
-tokens and end are almost certain, so every token before them, the deciding one too, outranks them in entropy: that
-alone gives about 0.59. `before mark` ranks without them.
+18 tokens after it. The model's entropy is not exactly equal (the means are printed), ranks see the smallest difference,
+and a sampled deciding token stands where the model gave it a higher chance, which evens its distribution out. Mark,
+answer, closing tokens and end are almost certain, so every token before them, the deciding one too, outranks them in
+entropy: that alone gives about 0.59. `before mark` ranks without them.
 
 Windows: the paper's W = 10 and horizon 10 - 100 are for completions of hundreds of tokens, ours have about 40. `scaled`
 divides all three by 2.5, so that the longest horizon is the length of a completion: W = 4, horizon 4 - 40. It was fixed
@@ -314,9 +315,16 @@ def token_batch(model: Qwen3ForCausalLM, rollouts: Rollouts, seed: int) -> Token
     )
 
 
-def credits(model: Qwen3ForCausalLM, rollouts: Rollouts, seed: int) -> Iterator[tuple[str, str, Tensor]]:
+def entropy_around(batch: TokenBatch, rollouts: Rollouts) -> dict[str, float]:
+    """Mean entropy (nats) before, at, and up to 18 tokens after the deciding token."""
+    assert batch.entropy is not None
+    distance = torch.arange(rollouts.mask.size(1)) - rollouts.deciding[:, None]
+    sides = {"before": distance < 0, "at": distance == 0, "after": (distance > 0) & (distance <= GAP[0])}
+    return {name: float(batch.entropy[side].mean()) for name, side in sides.items()}
+
+
+def credits(model: Qwen3ForCausalLM, rollouts: Rollouts, batch: TokenBatch) -> Iterator[tuple[str, str, Tensor]]:
     """Setting of the attention pass ("" where it plays no part), method, and its credit (B, C)."""
-    batch = token_batch(model, rollouts, seed)
     assert batch.entropy is not None
     yield "", "uniform (group)", GroupCredit()(batch)
     yield "", "entropy, raw", batch.entropy
@@ -475,7 +483,8 @@ def measure(seed: int, steps: int, completions: int) -> Outcome:
             f"seed {seed}: {accuracy:.1%} of the answers follow the deciding token, {exchanged:.1%} after it is "
             f"exchanged; at least {MIN_ACCURACY:.0%} are needed, train longer (--steps)"
         )
-    findings = [find(*entry, rollouts, seed) for entry in credits(model, rollouts, seed)]
+    batch = token_batch(model, rollouts, seed)
+    findings = [find(*entry, rollouts, seed) for entry in credits(model, rollouts, batch)]
     facts = {
         "seed": seed,
         "answer_accuracy": accuracy,
@@ -483,6 +492,7 @@ def measure(seed: int, steps: int, completions: int) -> Outcome:
         "grammatical": rollouts.grammatical,
         "mean_reward": float(rollouts.rewards.mean()),
         "mean_length": float(rollouts.mask.sum(1).double().mean()),
+        "entropy_nats": entropy_around(batch, rollouts),
         "reading_head": reading_head(model, rollouts),
         "train_seconds": trained - start,
         "score_seconds": time.perf_counter() - trained,
@@ -567,6 +577,8 @@ def describe(facts: Mapping[str, Any]) -> str:
         f"{facts['answer_accuracy_exchanged']:.1%}; {facts['grammatical']:.1%} grammatical, mean reward "
         f"{facts['mean_reward']:.2f}, {facts['mean_length']:.1f} tokens; trained in {facts['train_seconds']:.0f} s, "
         f"scored in {facts['score_seconds']:.0f} s\n"
+        f"  mean entropy before, at and after the deciding token: "
+        f"{', '.join(f'{value:.3f}' for value in facts['entropy_nats'].values())} nats\n"
         f"  the mark reads it most with head {head['head']} of layer {head['layer']} (attention "
         f"{head['attention']:.2f}, probed: {'yes' if head['probed'] else 'no'}; in the global group of "
         f"{head['in_global']:.0%} of the completions, in the local group of {head['in_local']:.0%})"

@@ -446,6 +446,16 @@ def test_another_model_in_the_context_is_not_seen():
     assert seen == [1]  # the prompt; decoding steps have fewer queries than keys
 
 
+def test_rounding_leaves_the_distance_in_its_bounds():
+    generator = torch.Generator().manual_seed(2)
+    query = torch.randn(1, 8, WIDTH, 8, generator=generator)
+    key = query + 0.01 * torch.randn(1, 8, WIDTH, 8, generator=generator)
+    region = Region.from_masks(torch.ones(1, WIDTH), torch.ones(1, WIDTH))
+    for scale in (1.0, 3.0, 10.0):
+        waad = layer_statistics(query, key, scale, None, region, 7, (3, 12)).waad
+        assert waad.min() >= 0 and waad.max() <= 7
+
+
 @pytest.mark.parametrize("junk", [float("nan"), float("inf"), 1e30])
 def test_what_padding_holds_does_not_matter(junk):
     _, mask, response = make_batch()
@@ -633,7 +643,7 @@ def test_select_heads():
     local, far = select_heads(torch.tensor([[1.0, 1.0, 1.0, 1.0], [4.0, 3.0, 2.0, 1.0]]), 0.25)
     assert local.tolist() == [[0], [3]] and far.tolist() == [[3], [0]]  # of equals the lower index is local
     assert [side.tolist() for side in select_heads(torch.tensor([5.0]), 0.3)] == [[0], [0]]
-    assert select_heads(torch.arange(10.0), 0.3)[0].numel() == 3  # not 2: 0.3 * 10 is below 3 in floating point
+    assert select_heads(torch.arange(100.0), 0.29)[0].numel() == 29  # not 28: 0.29 * 100 is below 29 in floating point
     assert select_heads(torch.arange(9.0), 0.3)[0].numel() == 2
     for quantile in (0.0, 0.51, -1.0, float("nan")):
         with pytest.raises(ValueError, match="head_quantile"):
@@ -736,6 +746,21 @@ def test_the_token_budget_changes_no_result(scope):
         assert torch.equal(cut.fai_count, whole.fai_count)
         assert torch.equal(cut.local, whole.local) and torch.equal(cut.global_, whole.global_)
     assert not whole.waad.requires_grad
+
+
+def test_a_shorter_row_that_widens_the_pass_counts():
+    """31 tokens without a prompt and 29 with one need 40 columns together: 80 tokens, not 62."""
+    ids, mask, response = make_batch(prompts=[0, 9], completions=[31, 20])
+    model = make_model()
+    passes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    attention_signals(model, ids, mask, response, replace(CONFIG, token_budget=79))
+    assert passes == [(1, 31), (1, 29)]
+    passes.clear()
+    attention_signals(model, ids, mask, response, replace(CONFIG, token_budget=80))
+    assert passes == [(2, 40)]
 
 
 def test_calibrated_heads_equal_those_of_the_batch():

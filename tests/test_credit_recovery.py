@@ -203,3 +203,44 @@ def outcome():
 
 def by_name(outcome):
     return {(one.windows, one.method): one for one in outcome.findings}
+
+
+def test_the_model_reads_its_answer_off_the_deciding_token(outcome):
+    assert outcome.facts["answer_accuracy"] > script.MIN_ACCURACY
+    assert outcome.facts["answer_accuracy_exchanged"] > script.MIN_ACCURACY
+
+
+def test_credits_that_know_nothing_stay_at_one_half(outcome):
+    found = by_name(outcome)
+    assert (found["", "uniform (group)"].rank == 0.5).all()
+    for (setting, method), finding in found.items():
+        assert len(finding.rank) == 256 and np.isfinite(finding.rank).all()
+        if method.endswith("shuffled"):
+            assert abs(finding.rank.mean() - 0.5) < 0.07, (setting, method)
+
+
+def test_preplan_credit_ranks_the_deciding_token_above_the_shuffled_control(outcome):
+    """Nothing is asserted of anchors (FAI, global, coupled): they do not find it beyond its place; the script reports."""
+    finding = by_name(outcome)["scaled", "local"]
+    control = by_name(outcome)["scaled", "local, shuffled"]
+    low, _ = script.interval(finding.rank - control.rank)
+    print(
+        f"preplan {finding.rank.mean():.3f}, shuffled {control.rank.mean():.3f}, same place {finding.place.mean():.3f}"
+    )
+    assert low > 0.03
+    assert script.auc(finding.rank, control.rank) > 0.53
+
+
+def test_the_summary_joins_models_and_keeps_each_mean(outcome):
+    rows = script.summarise([outcome, outcome])
+    assert len(rows) == len(outcome.findings)
+    for row, finding in zip(rows, outcome.findings, strict=True):
+        assert row["completions"] == 512
+        assert row["rank_by_seed"] == [pytest.approx(finding.rank.mean())] * 2
+        assert row["rank_low"] <= row["rank"] + 1e-12 and row["rank"] <= row["rank_high"] + 1e-12
+    assert script.table(rows).row_count == len(rows)
+
+
+def test_a_model_that_has_not_learnt_the_task_is_refused():
+    with pytest.raises(script.RecoveryError, match="--steps"):
+        script.measure(seed=0, steps=2, completions=32)

@@ -342,3 +342,17 @@ def test_instances_and_terms_that_need_whole_rows(tmp_path):
     assert trainer._selector.whole_rows
     trainer = build(tmp_path / "c", selection=D3S(), steps_per_generation=2)
     assert trainer._selector.source == "micro"
+
+
+@pytest.mark.parametrize("source", ["old", "micro"])
+def test_adapters_under_gradient_checkpointing(tmp_path, source):
+    from peft import LoraConfig
+
+    tokenizer = build_tokenizer()
+    selection = {"type": "d3s", "entropy_from": source, **TOKENS}
+    args = CreditConfig(**run_settings(tmp_path, max_steps=4, gradient_checkpointing=True), selection=selection)
+    data = {"train_dataset": digit_dataset(), "processing_class": tokenizer, "peft_config": LoraConfig(r=2)}
+    trainer = Fixed(build_model(tokenizer), even_reward, args, **data)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in logged(trainer, "loss")) and logged(trainer, "trained_tokens")[-1] > 0
+    assert any(p.abs().max() > 0 for n, p in trainer.model.named_parameters() if "lora_B" in n)
