@@ -592,6 +592,15 @@ def test_a_mask_that_is_not_causal_is_refused():
     attention_statistics(model, ids, mask, response)
 
 
+@pytest.mark.parametrize("padding", ["none", "both"])
+def test_a_window_that_the_mask_does_not_know_is_refused(padding):
+    model = make_model()
+    ids, mask, response = make_batch(padding)
+    model.model.layers[2].self_attn.sliding_window = 5
+    with pytest.raises(UnprobeableAttentionError, match="layer 2 attends by another .* causal with sliding_window=5"):
+        attention_statistics(model, ids, mask, response)
+
+
 def test_bad_arguments_are_named():
     model = make_model()
     ids, mask, response = make_batch()

@@ -157,6 +157,28 @@ def test_hapo_reports_what_would_reveal_its_failure(tmp_path):
     assert before < 1e-5 < after, "the sampler differs from the learner exactly when the temperature adapts"
 
 
+def test_attention_is_read_once_per_rollout_and_only_if_asked_for(tmp_path, monkeypatch):
+    import rltok.trainers.credit_trainer as module
+
+    passes = []
+    real = module.attention_signals
+
+    def counting(model, ids, *args):
+        passes.append(ids.size(0))
+        return real(model, ids, *args)
+
+    monkeypatch.setattr(module, "attention_signals", counting)
+    train(tmp_path / "a", max_steps=4, credit={"type": "preplan_anchor", "gamma_amp": 1.0})
+    train(tmp_path / "b", max_steps=4)
+    assert passes == []
+    trainer = train(tmp_path / "c", max_steps=4, credit=PREPLAN)
+    assert passes == [24, 24], "two rollouts of 24 completions, three updates each"
+    first = trainer.state.log_history[0]
+    assert 0 < first["attention/local_span"] <= first["attention/global_span"] <= 8 + 6
+    assert 1 < first["credit/gamma"] < 1.5 and 0 < first["credit/amplified"] <= 0.8
+    assert trainer.model.training and not any("shadow" in str(v) for v in vars(trainer.model).values())
+
+
 def test_sampler_and_learner_agree_without_decoding(tmp_path):
     rollout = {"correction": {"mode": "truncate"}, "record_logps": "always"}
     corrected = train(tmp_path / "a", rollout=rollout)
