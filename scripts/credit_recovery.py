@@ -24,10 +24,11 @@ Two controls beside `shuffled`, `entropy` and uniform:
 What entropy can pick up. The deciding token comes with the same chance at every place until it has come, and then gives
 this chance to four tokens that mean nothing, so the language's entropy is equal before, at and after it, but for two
 things: after 39 places without it, it must come (1.6 % of the completions), and the mark has a chance of its own from
-18 tokens after it. The model's entropy is not exactly equal (the means are printed), ranks see the smallest difference,
-and a sampled deciding token stands where the model gave it a higher chance, which evens its distribution out. Mark,
-answer, closing tokens and end are almost certain, so every token before them, the deciding one too, outranks them in
-entropy: that alone gives about 0.59. `before mark` ranks without them.
+18 tokens after it. The model's entropy is not exactly equal: the printed means differ by hundredths of a nat, but raw
+entropy and the `entropy` control rank such differences too. And a sampled deciding token tends to stand where the model
+gave it a higher chance, which evens its distribution out. Mark, answer, closing tokens and end are almost certain, so
+every token before them, the deciding one too, outranks them in entropy: that alone gives about 0.59. `before mark`
+ranks without them. So raw entropy is favoured here: it is no fair opponent of attention, only a report.
 
 Windows: the paper's W = 10 and horizon 10 - 100 are for completions of hundreds of tokens, ours have about 40. `scaled`
 divides all three by 2.5, so that the longest horizon is the length of a completion: W = 4, horizon 4 - 40. It was fixed
@@ -63,7 +64,7 @@ from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM, set_se
 from rltok.attention.signals import attention_signals
 from rltok.batch import TokenBatch, masked_mean
 from rltok.credit import EntropyShaping, GroupCredit
-from rltok.credit.preplan_anchor import PreplanAnchor, shuffle_multipliers
+from rltok.credit.preplan_anchor import Control, PreplanAnchor, Strategy, shuffle_multipliers
 
 PAD, BOS, ASK, MARK, EOS = range(5)
 FILLER = range(5, 21)
@@ -95,7 +96,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "all layers": SCALED | {"layers": tuple(range(LAYERS))},
 }
 """options of the attention pass"""
-STRATEGIES = ("local", "global", "coupled")
+STRATEGIES: tuple[Strategy, ...] = ("local", "global", "coupled")
+CONTROLS: tuple[Control, ...] = ("none", "shuffled", "entropy")
 STEPS = 300
 MIN_ACCURACY = 0.95
 """of the answers; below it the model has not learnt what the statistic presupposes"""
@@ -247,9 +249,8 @@ def sample(model: Qwen3ForCausalLM, completions: int, seed: int) -> Rollouts:
             raise RecoveryError(f"only {len(kept)} of {drawn} samples are grammatical; train longer (--steps)")
         prompts = [write_prompt(rng) for _ in range(completions)]
         inputs = _padded(prompts, left=True)
-        # The end token is the last of a completion; what `generate` adds behind it is padding.
         output = model.generate(inputs, attention_mask=(inputs != PAD).long(), max_new_tokens=MAX_COMPLETION + 8)
-        rows = [[token for token in row if token != PAD] for row in output[:, inputs.size(1) :].tolist()]
+        rows = [row[: row.index(EOS) + 1] if EOS in row else row for row in output[:, inputs.size(1) :].tolist()]
         drawn += len(rows)
         kept += [pair for pair in zip(prompts, rows, strict=True) if is_grammatical(pair[1])]
     share = len(kept) / drawn
@@ -338,7 +339,7 @@ def credits(model: Qwen3ForCausalLM, rollouts: Rollouts, batch: TokenBatch) -> I
         yield setting, "WAAD change, raw", change
         yield setting, "FAI, raw", signals.fai
         for strategy in STRATEGIES:
-            for control in ("none", "shuffled", "entropy"):
+            for control in CONTROLS:
                 name = strategy if control == "none" else f"{strategy}, {control}"
                 yield setting, name, PreplanAnchor(strategy=strategy, control=control, **options)(seen)
 
@@ -559,7 +560,7 @@ def main() -> None:
     outcomes = []
     for seed in arguments.seeds:
         outcomes.append(measure(seed, arguments.steps, arguments.completions))
-        console.print(describe(outcomes[-1].facts), highlight=False)
+        console.print(describe(outcomes[-1].facts), highlight=False, soft_wrap=True)
     rows = summarise(outcomes)
     console.print(table(rows))
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {platform.machine()} CPU, 1 thread"

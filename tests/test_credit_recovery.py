@@ -202,7 +202,7 @@ def outcome():
 
 
 def by_name(outcome):
-    return {(one.windows, one.method): one for one in outcome.findings}
+    return {(one.setting, one.method): one for one in outcome.findings}
 
 
 def test_the_model_reads_its_answer_off_the_deciding_token(outcome):
@@ -220,7 +220,7 @@ def test_credits_that_know_nothing_stay_at_one_half(outcome):
 
 
 def test_preplan_credit_ranks_the_deciding_token_above_the_shuffled_control(outcome):
-    """Nothing is asserted of anchors (FAI, global, coupled): they do not find it beyond its place; the script reports."""
+    """Nothing is asserted of anchors (FAI, global, coupled): they do not find it beyond its place, see the script."""
     finding = by_name(outcome)["scaled", "local"]
     control = by_name(outcome)["scaled", "local, shuffled"]
     low, _ = script.interval(finding.rank - control.rank)
