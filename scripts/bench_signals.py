@@ -4,8 +4,8 @@
 
 Random weights, 28 layers of Qwen3's kind (hidden 512, 8 query and 4 key heads of 64), fp32, one sequence of which the
 last 7/8 are completion, one thread. Time: plain SDPA forward of the body; the same with the probe on the 5 default
-layers; the probe stopping after the last of them; eager attention with `output_attentions=True` and the signals from the
-dense maps. Interleaved, ratio to the plain pass within each repetition; CPU seconds on a CPU. Memory: growth of the
+layers; the probe stopping after the last of them; eager attention with `output_attentions=True` and the signals from
+the dense maps. Interleaved, ratio to the plain pass within each repetition; CPU seconds on a CPU. Memory: growth of the
 process's peak resident size, first over plain passes, then over passes with the probe, in a process of its own.
 """
 

@@ -179,6 +179,18 @@ def test_attention_is_read_once_per_rollout_and_only_if_asked_for(tmp_path, monk
     assert trainer.model.training and not any("shadow" in str(v) for v in vars(trainer.model).values())
 
 
+def test_a_model_whose_attention_cannot_be_read_is_refused_before_any_rollout(tmp_path):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    tokenizer = build_tokenizer()
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0, "attn_implementation": "eager"}
+    model = Gemma2ForCausalLM(Gemma2Config(vocab_size=len(tokenizer), **shape, **heads))
+    args = CreditConfig(**run_settings(tmp_path), credit=PREPLAN)
+    with pytest.raises(ConfigError, match="PreplanAnchor: Gemma2ForCausalLM has attention soft-capping"):
+        CreditTrainer(model, even_reward, args, train_dataset=digit_dataset(), processing_class=tokenizer)
+
+
 def test_sampler_and_learner_agree_without_decoding(tmp_path):
     rollout = {"correction": {"mode": "truncate"}, "record_logps": "always"}
     corrected = train(tmp_path / "a", rollout=rollout)
@@ -390,6 +402,7 @@ REFUSED = [
         "correction.level='sequence'.*loss_type='vespo'",
     ),
     ({"credit": PREPLAN | {"strategy": "locl"}}, "strategy.*'locl'.*local"),
+    ({"credit": PREPLAN | {"layers": [7]}}, "PreplanAnchor: layers=.*allowed: distinct indices from 0 to 1"),
     ({"credit": PREPLAN | {"head_quantile": 0.7}}, "head_quantile=0.7"),
     (
         {"credit": PREPLAN, "importance_sampling_level": "sequence"},

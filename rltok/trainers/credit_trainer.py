@@ -33,6 +33,7 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 
 from rltok.attention import AttentionSignals, attention_signals
+from rltok.attention.probe import probeable_layers
 from rltok.batch import TokenBatch
 from rltok.config import ConfigError
 from rltok.correction import rollout_weights
@@ -159,11 +160,7 @@ class CreditTrainer(GRPOTrainer):
             self._skipping = SkippedPrompts(
                 rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
             )
-        if "attention" in self.doors.credit.needs and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ConfigError(
-                f"credit.type={type(self.doors.credit).__name__} reads attention, in passes whose number differs "
-                "between ranks; sharded models (FSDP, DeepSpeed) would hang. Train unsharded, or use another credit."
-            )
+        self._check_attention()
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._postponed = False
         self._rewards_per_func: Tensor | None = None
@@ -172,6 +169,22 @@ class CreditTrainer(GRPOTrainer):
         self._selected: Selected | None = None
         self._rollout = _RolloutState()
         self._table = CreditTable(self._logs, self._tokenizer.decode)
+
+    def _check_attention(self) -> None:
+        """Refuse a model whose attention the credit method cannot read, before anything is generated."""
+        method = self.doors.credit
+        if "attention" not in method.needs:
+            return
+        name = f"credit.type={type(method).__name__}"
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                f"{name} reads attention in passes whose number differs between ranks; sharded models (FSDP, DeepSpeed) "
+                "would hang. Train unsharded, or use another credit.type."
+            )
+        try:
+            probeable_layers(self.model, method.attention.layers)  # type: ignore[attr-defined]
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from None
 
     # ------------------------------------------------------------------ prompts
 
