@@ -178,8 +178,8 @@ class CreditTrainer(GRPOTrainer):
         name = f"credit.type={type(method).__name__}"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
-                f"{name} reads attention in passes whose number differs between ranks; sharded models (FSDP, DeepSpeed) "
-                "would hang. Train unsharded, or use another credit.type."
+                f"{name} reads attention in passes whose number differs between ranks; sharded models (FSDP, "
+                "DeepSpeed) would hang. Train unsharded, or use another credit.type."
             )
         try:
             probeable_layers(self.model, method.attention.layers)  # type: ignore[attr-defined]
