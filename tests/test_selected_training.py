@@ -356,3 +356,16 @@ def test_adapters_under_gradient_checkpointing(tmp_path, source):
     trainer.train()
     assert all(math.isfinite(loss) for loss in logged(trainer, "loss")) and logged(trainer, "trained_tokens")[-1] > 0
     assert any(p.abs().max() > 0 for n, p in trainer.model.named_parameters() if "lora_B" in n)
+
+
+@pytest.mark.parametrize("source", ["old", "micro"])
+def test_kl_to_the_reference_is_taken_on_kept_tokens_only(tmp_path, source):
+    tokenizer = build_tokenizer()
+    build_model(tokenizer).save_pretrained(tmp_path / "model")
+    selection = {"type": "d3s", "entropy_from": source, **TOKENS}
+    args = CreditConfig(**run_settings(tmp_path, max_steps=4, beta=0.5, learning_rate=0.05), selection=selection)
+    data = {"train_dataset": digit_dataset(), "processing_class": tokenizer}
+    trainer = Fixed(str(tmp_path / "model"), even_reward, args, **data)
+    trainer.train()
+    kl = logged(trainer, "kl")
+    assert kl[0] < 1e-6 < kl[-1] and all(math.isfinite(value) for value in kl)

@@ -116,7 +116,6 @@ ACTIVE = {
     "d3s on cispo": {"loss_type": "cispo", "epsilon_high": 5.0, "selection": {"type": "d3s"}},
     "d3s on dr_grpo": {"loss_type": "dr_grpo", "scale_rewards": "none", "selection": {"type": "d3s"}},
     "d3s on vespo": {"loss_type": "vespo", "selection": {"type": "d3s"}},
-    "d3s with kl": {"beta": 0.1, "selection": {"type": "d3s"}},
     "d3s corrected": {"rollout": {"correction": {"mode": "mask"}}, "selection": {"type": "d3s"}},
     "d3s after dynamic sampling": {
         "rollout": {"dynamic_sampling": {"metric": "even_reward", "max_rounds": 0}},
