@@ -245,8 +245,8 @@ def _spread(part: Mapping[str, Any], spec: str = ".4g") -> str:
 # Picture
 
 
-def plot(arms: Mapping[str, Sequence[Run]], metric: str, smooth: int, path: Path) -> None:
-    """Two panels, 1200 pixels wide: thin lines are seeds, thick ones their mean.
+def plot(arms: Mapping[str, Sequence[Run]], metric: str, smooth: int, path: Path, axes: Sequence[str] = ()) -> None:
+    """One panel per axis (none given: both), 1200 pixels wide: thin lines are seeds, thick ones their mean.
 
     Raises:
         CompareError: matplotlib is not installed, too many arms, or seeds of an arm that do not overlap.
@@ -258,8 +258,10 @@ def plot(arms: Mapping[str, Sequence[Run]], metric: str, smooth: int, path: Path
     if len(arms) > len(COLOURS):
         raise CompareError(f"{len(arms)} arms cannot be told apart in one picture; give at most {len(COLOURS)}")
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True)
-    for panel, (axis, (axis_label, unit)) in zip(panels, PANELS.items(), strict=True):
+    axes = axes or tuple(PANELS)
+    panels = figure.subplots(1, len(axes), sharey=True, squeeze=False)[0]
+    for panel, axis in zip(panels, axes, strict=True):
+        axis_label, unit = PANELS[axis]
         for (arm, runs), colour in zip(arms.items(), COLOURS, strict=False):
             grid, mean = mean_curve(runs, axis)
             if not len(grid):
@@ -285,6 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--metric", default="reward", help="field of metrics.jsonl (default: reward)")
     parser.add_argument("--smooth", type=int, default=1, help="mean of this many last points (default: 1, as logged)")
     parser.add_argument("--out", type=Path, help="PNG to write; needs matplotlib")
+    parser.add_argument("--axis", choices=list(PANELS), help="draw this panel only (default: both)")
     parser.add_argument("--json", type=Path, help="file for the figures of the table")
     args = parser.parse_args(arguments)
     if args.smooth < 1:
@@ -297,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
         if args.out:
-            plot(arms, args.metric, args.smooth, args.out)
+            plot(arms, args.metric, args.smooth, args.out, [args.axis] if args.axis else ())
     except CompareError as error:
         parser.exit(2, f"error: {error}\n")
 

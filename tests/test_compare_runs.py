@@ -192,3 +192,12 @@ def test_missing_matplotlib_is_named_after_the_table(
     printed = capsys.readouterr()
     assert "pip install rltok[plot]" in printed.err
     assert "held-out strict" in printed.out
+
+
+def test_one_panel_on_request(arms: list[str], tmp_path: Path) -> None:
+    both, one = tmp_path / "both.png", tmp_path / "one.png"
+    script.main([*arms, "--out", str(both)])
+    script.main([*arms, "--out", str(one), "--axis", "trained_tokens"])
+    assert one.read_bytes() != both.read_bytes() and one.stat().st_size > 5000
+    with pytest.raises(SystemExit):
+        script.main([*arms, "--out", str(one), "--axis", "tokens"])
