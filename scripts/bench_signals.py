@@ -6,19 +6,21 @@ Random weights, 28 layers of Qwen3's kind (hidden 512, 8 query and 4 key heads o
 last 7/8 are completion, one thread. Time: plain SDPA forward of the body; the same with the probe on the 5 default
 layers; the probe stopping after the last of them; eager attention with `output_attentions=True` and the signals from
 the dense maps. Interleaved, ratio to the plain pass within each repetition; CPU seconds on a CPU. Memory: growth of the
-process's peak resident size, first over plain passes, then over passes with the probe, in a process of its own.
+process's peak resident size, first over plain passes, then over passes with the probe, in fresh processes that hand
+freed memory back at once; with glibc's defaults the gaps that the heap keeps make this figure vary by tens of MiB.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import multiprocessing
 import os
 import platform
-import resource
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -97,29 +99,28 @@ def ids_on_gpu(inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
 
 def growth(tokens: int, queue: multiprocessing.Queue) -> None:
     """Peak resident MiB that passes with the probe add to what plain passes needed."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: what is freed goes back at once
+            libc.mallopt(option, 1 << 16)
     torch.set_num_threads(1)
     model, inputs = build("cpu"), batch(tokens, "cpu")
 
     def peak() -> float:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        """Of this program; getrusage would start at the peak of the process that started it."""
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
     loaded = peak()
-    for _ in range(2):
+    for _ in range(3):
         plain(model, *inputs)
     forward = peak()
-    for _ in range(2):
+    for _ in range(3):
         probed(model, *inputs)
     queue.put((forward - loaded, peak() - forward))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--memory-tokens", type=int, default=4096, help="0 leaves the memory out")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+def times_table(options: argparse.Namespace) -> Table:
     models = {name: build(options.device, "eager" if run is dense else "sdpa") for name, run in VARIANTS.items()}
     inputs = batch(options.tokens, options.device)
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
@@ -131,7 +132,6 @@ def main() -> None:
             if repetition >= 0:
                 times[name].append(value)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU, 1 thread"
-    console = Console(width=110)
     table = Table(title=f"{options.tokens} tokens, {LAYERS} layers, {options.repetitions} runs on {machine}")
     for column in ("pass", "seconds (median)", "ratio min", "median", "max"):
         table.add_column(column)
@@ -140,17 +140,34 @@ def main() -> None:
         ratios = [value / one for value, one in zip(values, base, strict=True)]
         figures = (min(ratios), statistics.median(ratios), max(ratios))
         table.add_row(name, f"{statistics.median(values):.3f}", *(f"{figure:.3f}" for figure in figures))
-    console.print(table)
-    if options.memory_tokens and options.device == "cpu":
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repetitions", type=int, default=5, help="0 leaves the times out")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--memory-tokens", type=int, default=4096, help="0 leaves the memory out")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    console = Console(width=110)
+    if options.repetitions:
+        console.print(times_table(options))
+    if options.memory_tokens and platform.system() == "Linux":
         context = multiprocessing.get_context("spawn")
         queue: multiprocessing.Queue = context.Queue()
-        process = context.Process(target=growth, args=(options.memory_tokens, queue))
-        process.start()
-        forward, extra = queue.get()
-        process.join()
+        found = []
+        for _ in range(3):
+            process = context.Process(target=growth, args=(options.memory_tokens, queue))
+            process.start()
+            found.append(queue.get())
+            process.join()
+        plain_peak, extra = zip(*found, strict=True)
         console.print(
-            f"{options.memory_tokens} tokens, {HEADS} heads per layer: plain passes raise the peak memory by "
-            f"{forward:.0f} MiB, passes with the probe by {extra:.0f} MiB more"
+            f"{options.memory_tokens} tokens, {HEADS} heads per layer, 3 processes: plain passes raise the peak memory "
+            f"by {statistics.median(plain_peak):.0f} MiB (median), passes with the probe by {min(extra):.0f}, "
+            f"{statistics.median(extra):.0f}, {max(extra):.0f} MiB more (min, median, max)"
         )
 
 

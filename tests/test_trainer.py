@@ -262,7 +262,10 @@ class Fixed(CreditTrainer):
         return completions, None
 
 
-@pytest.mark.parametrize("doors", [HAPO_DOORS, ACTIVE["released"], ACTIVE["clip_cov"], ACTIVE["shaping"]])
+@pytest.mark.parametrize(
+    "doors",
+    [HAPO_DOORS, ACTIVE["released"], ACTIVE["clip_cov"], ACTIVE["shaping"], ACTIVE["preplan"], ACTIVE["d3s"]],
+)
 @pytest.mark.parametrize(
     "case",
     [
