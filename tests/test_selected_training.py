@@ -68,8 +68,7 @@ class Zeroed:
     per_token: ClassVar[bool] = False
 
     def __call__(self, batch):
-        mask, total = batch.mask.bool(), batch.mask.numel()
-        assert total
+        mask = batch.mask.bool()
         rows = select_rollouts(batch.advantages, batch.all_groups, round(self.rows * mask.size(0)))
         selected = torch.zeros(mask.size(0), dtype=torch.bool)
         selected[rows] = True

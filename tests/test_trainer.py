@@ -175,7 +175,9 @@ def test_attention_is_read_once_per_rollout_and_only_if_asked_for(tmp_path, monk
     first = trainer.state.log_history[0]
     assert 0 < first["attention/local_span"] <= first["attention/global_span"] <= 8 + 6
     assert 1 < first["credit/gamma"] < 1.5 and 0 < first["credit/amplified"] <= 0.8
-    assert trainer.model.training and not any("shadow" in str(v) for v in vars(trainer.model).values())
+    for group in ("local", "global"):
+        shares = [value for key, value in first.items() if key.startswith(f"attention/{group}_share_in_layer_")]
+        assert len(shares) == 2 and sum(shares) == pytest.approx(1)
 
 
 def test_a_model_whose_attention_cannot_be_read_is_refused_before_any_rollout(tmp_path):

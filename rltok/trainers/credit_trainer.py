@@ -307,15 +307,21 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         return signals
 
     def _log_heads(self, signals: AttentionSignals, mask: Tensor, seconds: float, mode: str) -> None:
-        """Mean span of the two head groups over the completions of all ranks, and the time of the pass."""
+        """The two head groups over the completions of all ranks: mean span, and where they lie; time of the pass."""
+        rows, layers = mask.size(0), signals.layers
         some = (mask.sum(1) > 0).to(signals.span.dtype)
-        spans = [
-            signals.span.gather(1, heads.expand(mask.size(0), -1)).mean(1) for heads in (signals.local, signals.global_)
-        ]
-        sums = torch.stack([(span.nan_to_num() * some).sum() for span in spans] + [some.sum()])
-        near, far, count = self._reducer.sum(sums).tolist()
-        self._metrics[mode]["attention/local_span"].append(near / max(count, 1.0))
-        self._metrics[mode]["attention/global_span"].append(far / max(count, 1.0))
+        per_layer = signals.span.size(1) // len(layers)
+        numbers = []
+        for group in (signals.local, signals.global_):
+            heads = group.expand(rows, -1)
+            spans = signals.span.gather(1, heads).nan_to_num().mean(1)
+            shares = [(heads // per_layer == index).to(some.dtype).mean(1) for index in range(len(layers))]
+            numbers += [(value * some).sum() for value in (spans, *shares)]
+        *totals, count = self._reducer.sum(torch.stack([*numbers, some.sum()])).tolist()
+        names = ["span", *(f"share_in_layer_{layer}" for layer in layers)]
+        keys = [f"attention/{group}_{name}" for group in ("local", "global") for name in names]
+        for key, total in zip(keys, totals, strict=True):
+            self._metrics[mode][key].append(total / max(count, 1.0))
         self._metrics[mode]["attention/seconds"].append(seconds)
 
     def _entropy_statistics(
