@@ -30,7 +30,13 @@ from rich.text import Text
 from torch import Tensor, nn
 from yaml import YAMLError
 
-from rltok.attention.probe import UnprobeableAttentionError, evaluating, probeable_layers
+from rltok.attention.probe import (
+    UnprobeableAttentionError,
+    evaluating,
+    language_model,
+    probeable_layers,
+    text_config,
+)
 from rltok.attention.signals import AttentionSignals, attention_signals
 from rltok.config import ConfigError, build
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma
@@ -447,8 +453,7 @@ def in_words() -> Iterator[None]:
 
 
 def _check_length(model: nn.Module, samples: Sequence[Sample]) -> None:
-    config = model.config.get_text_config()  # type: ignore[union-attr, operator]
-    limit = getattr(config, "max_position_embeddings", None)
+    limit = getattr(text_config(language_model(model)), "max_position_embeddings", None)
     longest = max(len(sample.prompt_ids) + len(sample.completion_ids) for sample in samples)
     if limit is not None and 0 < limit < longest:
         raise ConfigError(

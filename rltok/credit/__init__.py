@@ -6,10 +6,11 @@ A method is a frozen dataclass with `needs` (signals it reads: `entropy`, `old_l
 that pass. A method `metrics(batch) -> dict[str, Tensor]` is optional: (B, T) values to log, averaged over tokens.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from rltok.attention.signals import AttentionConfig
 from rltok.batch import TokenBatch
 from rltok.credit.entropy_shaping import EntropyShaping, shape_by_entropy
 from rltok.credit.group import GroupCredit
@@ -26,6 +27,14 @@ class CreditMethod(Protocol):
     def per_token(self) -> bool: ...
 
     def __call__(self, batch: TokenBatch) -> Tensor: ...
+
+
+@runtime_checkable
+class AttentiveCredit(CreditMethod, Protocol):
+    """A credit method that reads attention signals."""
+
+    @property
+    def attention(self) -> AttentionConfig: ...
 
 
 CREDIT: dict[str, type] = {
@@ -55,6 +64,7 @@ def check_credit(credit: Tensor, batch: TokenBatch, name: str) -> None:
 
 __all__ = [
     "CREDIT",
+    "AttentiveCredit",
     "CreditMethod",
     "EntropyShaping",
     "GroupCredit",

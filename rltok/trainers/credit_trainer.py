@@ -136,17 +136,17 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
 
     def _check_attention(self) -> None:
         """Refuse a model whose attention the credit method cannot read, before anything is generated."""
-        method = self.doors.credit
-        if "attention" not in method.needs:
+        config = self.doors.attention
+        if config is None:
             return
-        name = f"credit.type={type(method).__name__}"
+        name = f"credit.type={type(self.doors.credit).__name__}"
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ConfigError(
                 f"{name} reads attention in passes whose number differs between ranks; sharded models (FSDP, "
                 "DeepSpeed) would hang. Train unsharded, or use another credit.type."
             )
         try:
-            probeable_layers(self.model, method.attention.layers)  # type: ignore[attr-defined]
+            probeable_layers(self.model, config.layers)
         except ValueError as error:
             raise ConfigError(f"{name}: {error}") from None
 
@@ -292,14 +292,13 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
 
     def _attention_signals(self, output: Mapping[str, Any], mode: str) -> AttentionSignals | None:
         """One pass over the rollout with the learner's weights, if the credit method asks for attention."""
-        method = self.doors.credit
-        if "attention" not in method.needs:
+        config = self.doors.attention
+        if config is None:
             return None
         if any(key in output for key in MULTIMODAL):
             raise ValueError("credit from attention does not support images; use another credit.type")
         start = time.perf_counter()
         ids, mask, _ = sequence(output)
-        config = method.attention  # type: ignore[attr-defined]
         with self.accelerator.autocast():
             signals = attention_signals(self.model, ids, mask, output["completion_mask"], config, self._reducer)
         seconds = time.perf_counter() - start

@@ -9,8 +9,9 @@ from typing import Any
 
 from trl import GRPOConfig
 
+from rltok.attention import AttentionConfig
 from rltok.config import ConfigError, build_typed
-from rltok.credit import CREDIT, CreditMethod, GroupCredit, TokenGroupAverage
+from rltok.credit import CREDIT, AttentiveCredit, CreditMethod, GroupCredit, TokenGroupAverage
 from rltok.objective import HAPO, OBJECTIVE, ClipCov, GSPOToken, KLCov, ObjectiveTerm
 from rltok.objective.aggregate import CLIPPED
 from rltok.rollout import RolloutConfig, build_rollout, refuse_restricted_sampling
@@ -30,6 +31,12 @@ class Doors:
     def needs(self) -> frozenset[str]:
         """Signals that some part reads: `entropy`, `entropy_stats`, `old_logps`, `attention`."""
         return self.rollout.needs.union(self.credit.needs, *(term.needs for term in self.objective))
+
+    @property
+    def attention(self) -> AttentionConfig | None:
+        """Options of the attention pass, if the credit method asks for one."""
+        wanted = "attention" in self.credit.needs
+        return self.credit.attention if wanted and isinstance(self.credit, AttentiveCredit) else None
 
 
 def build_doors(
@@ -95,7 +102,7 @@ def _check_signals(doors: Doors) -> None:
                 f"{type(part).__name__} needs {', '.join(map(repr, unknown))}, which the trainer cannot give; "
                 f"allowed in `needs`: {', '.join(sorted(allowed))}"
             )
-    if "attention" in doors.credit.needs and not hasattr(doors.credit, "attention"):
+    if "attention" in doors.credit.needs and doors.attention is None:
         raise ConfigError(
             f"{type(doors.credit).__name__} needs 'attention' but has no `attention`, the AttentionConfig that says "
             "which layers and windows"

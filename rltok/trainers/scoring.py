@@ -30,13 +30,10 @@ PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1
 
 
 class KeptPositions:
-    """The positions that a scoring pass inside `kept_positions` computed."""
+    """The positions that the last scoring pass inside `kept_positions` computed."""
 
-    def __init__(self, keep: Tensor | Choice) -> None:
-        self.keep = keep
-        """a (B, T) mask, or the choice that gives it"""
-        self.mask: Tensor | None = keep.bool() if isinstance(keep, Tensor) else None
-        """(B, T) bool, known from the start or after the pass"""
+    mask: Tensor
+    """(B, T) bool"""
 
 
 @contextmanager
@@ -55,7 +52,7 @@ def kept_positions(model: Any, keep: Tensor | Choice, width: int) -> Iterator[Ke
     original = model.forward
     if not _is_fused(original):
         raise TypeError(f"{type(model).__name__} has no fused head; kept_positions needs a model TRL has prepared")
-    kept = KeptPositions(keep)
+    kept = KeptPositions()
     had_own = "forward" in vars(model)
 
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, labels: Any = None, **kwargs: Any) -> Any:
@@ -80,10 +77,12 @@ def kept_positions(model: Any, keep: Tensor | Choice, width: int) -> Iterator[Ke
             output.label_mask = at
             return output
 
-        if kept.mask is None:
+        if isinstance(keep, Tensor):
+            kept.mask = keep.bool()
+        else:
             with torch.no_grad():
                 entropy = head(hidden.detach(), valid, output_router_logits=False).entropy
-            kept.mask = keep(entropy[:, -width:]).bool()  # type: ignore[operator]
+            kept.mask = keep(entropy[:, -width:]).bool()
         at = valid.clone()
         at[:, :-width] = False
         at[:, -width:] &= kept.mask

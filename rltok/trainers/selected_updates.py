@@ -184,5 +184,4 @@ class SelectedUpdates(DoorTrainer):
             return logps, entropy, aux, (choose(entropy.detach()) if chosen_here else keep).to(mask.dtype)
         with kept_positions(self._causal_lm, choose if chosen_here else keep, mask.size(1)) as kept:
             logps, entropy, aux = score()
-        assert kept.mask is not None
         return logps, entropy, aux, kept.mask.to(mask.dtype)
