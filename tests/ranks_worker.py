@@ -37,6 +37,10 @@ CASES: dict[str, dict[str, object]] = {
     "preplan": {"credit": PREPLAN},
     "preplan_batch": {"credit": PREPLAN | {"head_scope": "batch", "control": "shuffled"}},
     "d3s": {"selection": CUT | {"type": "d3s"}},
+    "d3s_rejected": {  # only some completions, all on one of two ranks, have a token that is rejected
+        "selection": CUT | {"type": "d3s"},
+        "rollout": {"correction": {"mode": "mask", "clip_max": 3.0, "symmetric": True}},
+    },
     "d3s_hapo": {
         "credit": {"type": "token_group_average"},
         "objective": {"type": "hapo"},
@@ -59,6 +63,8 @@ PROMPTS = {"skipping": 12}  # each rollout visits all of them
 class FixedRollouts(CreditTrainer):
     """Completions as a function of the prompt and its occurrence, with a made-up sampler log-probability."""
 
+    rejects = False
+
     def _generate_single_turn(self, prompt_ids, *args, **kwargs):
         completions, logps = [], []
         start = self.accelerator.process_index * len(prompt_ids)
@@ -68,7 +74,10 @@ class FixedRollouts(CreditTrainer):
             )
             length = int(torch.randint(1, 11, (1,), generator=generator))
             completions.append(torch.randint(3, 40, (length,), generator=generator).tolist())
-            logps.append((-3.9 - 0.1 * torch.rand(length, generator=generator)).tolist())
+            sampled = -3.9 - 0.1 * torch.rand(length, generator=generator)
+            if start + i == 1 and self.rejects:
+                sampled[0] -= 3.0  # out of bounds, on the first rank only
+            logps.append(sampled.tolist())
         corrects = self.doors.rollout.resolved_correction.mode != "off"
         return completions, logps if corrects else None
 
@@ -137,6 +146,7 @@ def main(folder: Path) -> None:
             processing_class=tokenizer,
         )
         assert trainer.accelerator.num_processes == ranks, (trainer.accelerator.num_processes, ranks)
+        trainer.rejects = name == "d3s_rejected"
         start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
         trainer.train()
         log = [entry for entry in trainer.state.log_history if "loss" in entry]

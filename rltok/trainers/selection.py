@@ -109,6 +109,9 @@ class RolloutSelector:
         rows |= {"advantages": credit[local - batch.offset], "row": local}
         if entropy is not None:
             rows["old_entropy"] = entropy[local - batch.offset]
+        if self.accelerator.num_processes > 1:  # rejected tokens may have made one on some ranks only
+            counted = rows.get("tool_mask", torch.ones_like(rows["completion_mask"]))
+            rows["tool_mask"] = counted.to(rows["completion_mask"].dtype)
         rows = exchange_rows(self.accelerator, rows, self.shape.pad_id)
         if score is not None and kept.numel():
             rows["old_per_token_logps"], rows["old_entropy"] = score(rows)
@@ -326,7 +329,10 @@ def exchange_rows(accelerator: Accelerator, rows: Rows, pad_id: int) -> Rows:
     count = rows["row"].numel()
     counts = accelerator.gather(torch.tensor([count], device=accelerator.device)).tolist()
     most = max(counts)
-    padded = {name: torch.cat([value, value.new_zeros(most - count, *value.shape[1:])]) for name, value in rows.items()}
+    padded = {
+        name: torch.cat([value, value.new_zeros(most - count, *value.shape[1:])])
+        for name, value in sorted(rows.items())  # one order of collectives on all ranks
+    }
     gathered = gather_batch(accelerator, padded, pad_id)
     real = torch.tensor([i < n for n in counts for i in range(most)], dtype=torch.bool, device=accelerator.device)
     return {name: value[real] for name, value in gathered.items()}
