@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from tests_support import build_sharp_model
 from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
-    Qwen3Config,
     Qwen3ForCausalLM,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -44,23 +44,7 @@ WIDE_STATS = entropy_stats(torch.tensor([[0.3, 1.0, 2.0, 2.6, 3.2]]), torch.ones
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # rows of different entropy
-        tie_word_embeddings=False,
-        pad_token_id=PAD,
-        eos_token_id=EOS,
-        bos_token_id=None,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    return build_sharp_model(VOCAB, PAD, EOS)
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,27 @@ def build_model(tokenizer: PreTrainedTokenizerFast, seed: int = 0, **changes: ob
     return Qwen3ForCausalLM(Qwen3Config(**(settings | changes)))
 
 
+def build_sharp_model(vocabulary: int, pad: int, ends: list[int] | int, layers: int = 2) -> Qwen3ForCausalLM:
+    """A random model whose rows differ in entropy, for sampling; in evaluation mode."""
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+        tie_word_embeddings=False,
+        pad_token_id=pad,
+        eos_token_id=ends,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
 def digit_dataset(rows: int = 32) -> Dataset:
     """Prompts of different lengths."""
     return Dataset.from_list([{"prompt": f"{i * 37 % 1000}+{i}=", "answer": str(i)} for i in range(rows)])

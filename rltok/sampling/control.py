@@ -10,86 +10,17 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.configuration_utils import GenerationMode
 
-from rltok.entropy import EntropyStats
+from rltok.sampling.processor import RolloutProcessor
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from rltok.sampling.recorder import SampledLogps
 
 HOOK = "_get_logits_processor"
-
-
-class GenerationSettings(Protocol):
-    """What a processor may read of transformers' GenerationConfig when a call starts."""
-
-    temperature: float | None
-    do_sample: bool | None
-
-
-class RolloutProcessor(LogitsProcessor):
-    """A logits processor that is told when a `generate` call starts, so that no call inherits another's state."""
-
-    def begin(self, prompt_length: int, settings: GenerationSettings) -> None:
-        """Called before the first step.
-
-        Args:
-            prompt_length: columns of `input_ids` before the first generated token, left padding included.
-            settings: the generation config in force.
-        """
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, S) ids so far, (B, V) scores -> (B, V) scores."""
-        raise NotImplementedError
-
-    def metrics(self, lengths: Sequence[int] | None = None) -> dict[str, float]:
-        """Numbers of the last call, for the log; `lengths` are the completions' lengths."""
-        return {}
-
-
-@dataclass(frozen=True)
-class DecodingContext:
-    """What a decoding module may use to make its processor; a module names what it needs in `needs`."""
-
-    temperature: float = 1.0
-    """T_b that generate divides by"""
-    entropy_stats: EntropyStats | None = None
-    """log-entropy statistics of the previous generation batch; None before the first"""
-    tokenizer: PreTrainedTokenizerBase | None = None
-    """to turn words into token ids"""
-
-
-@runtime_checkable
-class DecodingModule(Protocol):
-    """Settings of one decoding method: an entry of `rltok.sampling.DECODING`."""
-
-    needs: ClassVar[tuple[str, ...]]
-    """fields of `DecodingContext`, beside the temperature, that the trainer must fill"""
-    stage: ClassVar[Literal["logits", "temperature"]]
-    """`logits` changes logits at temperature 1, `temperature` scales them and comes after"""
-
-    @property
-    def is_neutral(self) -> bool:
-        """True if it can never change a sample."""
-        ...
-
-    def processor(self, context: DecodingContext) -> LogitsProcessor | None:
-        """The processor of one generate call, None where it changes nothing."""
-        ...
-
-
-def make_processors(modules: Sequence[DecodingModule], context: DecodingContext) -> list[LogitsProcessor]:
-    """Processors of one generate call in the order they must run: given order, temperatures last."""
-    ordered = sorted(modules, key=lambda module: module.stage == "temperature")
-    made = (module.processor(context) for module in ordered if not module.is_neutral)
-    return [processor for processor in made if processor is not None]
 
 
 def generation_model(model: Any) -> Any:
@@ -128,7 +59,7 @@ def sampling_control(
             raise ValueError(
                 "continuous batching gives processors no history: set use_transformers_continuous_batching=False"
             )
-        _refuse_other_modes(settings)
+        refuse_other_modes(settings)
         for processor in [*processors, *([] if recorder is None else [recorder])]:
             if isinstance(processor, RolloutProcessor):
                 processor.begin(prompt_length, settings)
@@ -146,7 +77,8 @@ def sampling_control(
         delattr(model, HOOK)
 
 
-def _refuse_other_modes(settings: Any) -> None:
+def refuse_other_modes(settings: Any) -> None:
+    """Raise ValueError for modes of generate that would skip or repeat processors."""
     mode = settings.get_generation_mode()
     if mode not in (GenerationMode.SAMPLE, GenerationMode.GREEDY_SEARCH):
         raise ValueError(

@@ -8,17 +8,26 @@ pass through untouched, so recording changes no sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from rltok.sampling.control import GenerationSettings, RolloutProcessor
+from rltok.sampling.processor import GenerationSettings, RolloutProcessor
+from rltok.sampling.temperature import row_blocks
 
 
 class SampledLogps(RolloutProcessor):
-    """Records log mu(a_t) in nats during one `generate` call; `finish` hands it out and makes room for the next."""
+    """Records log mu(a_t) in nats during one `generate` call; `finish` hands it out and makes room for the next.
 
-    def __init__(self) -> None:
+    Greedy decoding draws nothing and is refused; `greedy="record"` records it under the processed distribution at
+    temperature 1, the one whose mode was taken.
+    """
+
+    def __init__(self, greedy: Literal["refuse", "record"] = "refuse") -> None:
+        if greedy not in ("refuse", "record"):
+            raise ValueError(f"greedy={greedy!r} is unknown; allowed: 'refuse', 'record'")
+        self.greedy = greedy
         self.reset()
 
     def reset(self) -> None:
@@ -32,7 +41,7 @@ class SampledLogps(RolloutProcessor):
         """Start a generate call; refuses what it could not record."""
         if self._row is not None:
             raise ValueError("the recorder still holds an earlier generate call: read it with finish() first")
-        if not settings.do_sample:
+        if not settings.do_sample and self.greedy == "refuse":
             raise ValueError("do_sample=False samples nothing to record: set do_sample=True or record_logps='never'")
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -84,4 +93,10 @@ class SampledLogps(RolloutProcessor):
 
 def _gather(row: Tensor, tokens: Tensor) -> Tensor:
     """(B, V) scores, (B,) tokens -> (B,) float32 log-probabilities."""
-    return row.float().log_softmax(dim=-1).gather(1, tokens[:, None]).squeeze(1)
+    blocks = row_blocks(row)
+    workspace = torch.empty_like(blocks[0], dtype=torch.float32)
+    parts = []
+    for block, drawn in zip(blocks, tokens.split(blocks[0].size(0)), strict=True):
+        logps = torch.log_softmax(block, dim=-1, dtype=torch.float32, out=workspace[: block.size(0)])
+        parts.append(logps.gather(1, drawn[:, None]))
+    return torch.cat(parts).squeeze(1)

@@ -19,21 +19,38 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from rltok.entropy import LOG_FLOOR, EntropyStats, Sign, log_entropy, signal_from_log
-from rltok.sampling.control import DecodingContext, GenerationSettings, RolloutProcessor
+from rltok.entropy import LOG_FLOOR, EntropyStats, Gather, Sign, entropy_stats, log_entropy, signal_from_log
+from rltok.sampling.processor import (
+    Columns,
+    DecodingContext,
+    DecodingModule,
+    GenerationSettings,
+    RolloutProcessor,
+    Rows,
+)
 
 Form = Literal["bounded", "zscore"]
 
 ZSCORE_FLOOR = 0.1
 """Smallest T_t / T_b of the unbounded z-score form, which could otherwise reach 0."""
 
-EXP_UNDERFLOW = -200.0
-"""exp of this is 0 in float32."""
+LEAST_EXPONENT = -87.0
+"""exp of this is 2e-38, nothing beside 1; further down exp leaves its fast path and takes a hundred times as long."""
+LEAST_ENTROPY = 1e-29
+"""Entropies up to this are 0: what the smallest weights of forbidden tokens may add up to."""
+
+CACHE_ELEMENTS = 3 << 16
+"""Elements of a block of rows for one CPU thread: two float32 copies stay in a core's own cache of 2 MiB."""
+SHARED_ELEMENTS = 1 << 20
+"""Elements per thread where several share a block: waking them for every operation costs more than a larger cache."""
+DEVICE_ELEMENTS = 1 << 26
+"""Elements of a block elsewhere, which bounds the memory of temporaries."""
 
 
 def adaptive_temperature(
@@ -74,30 +91,63 @@ def adaptive_temperature(
     return base * (1 + tau * z_score).clamp(min=ZSCORE_FLOOR)
 
 
+def stats_from_entropy(
+    entropy: Tensor, mask: Tensor, pivot: float = 0.8, gather: Gather | None = None
+) -> EntropyStats | None:
+    """Statistics for the next rollout's temperatures: `rltok.entropy.entropy_stats` with the quantile as `pivot`."""
+    return entropy_stats(entropy, mask, pivot, gather=gather)
+
+
+def temperature_factor(
+    logits_over_base: Tensor, stats: EntropyStats | None, tau: float = 0.05, form: Form = "bounded"
+) -> Tensor:
+    """f = T_t / T_b of every row: (B, V) logits already divided by T_b -> (B,); 1 where tau is 0 or without stats."""
+    return adaptive_temperature(row_entropy(logits_over_base), stats, 1.0, tau, form)
+
+
+def row_blocks(scores: Tensor) -> tuple[Tensor, ...]:
+    """Views of (B, V) scores, some rows each: as many as keep repeated passes over a block cheap."""
+    threads = torch.get_num_threads()
+    on_cpu = CACHE_ELEMENTS if threads == 1 else SHARED_ELEMENTS * threads
+    most = on_cpu if scores.device.type == "cpu" else DEVICE_ELEMENTS
+    return scores.split(max(1, most // scores.size(1)))
+
+
 def row_entropy(scores: Tensor, temperature: float = 1.0) -> Tensor:
-    """Entropy in nats of softmax(scores / temperature): (B, V) logits, -inf where forbidden -> (B,) float32.
+    """Entropy in nats of softmax(scores / temperature): (B, V) logits, -inf where forbidden -> (B,), at least float32.
 
     log sum exp y - sum p y with y = (z - max z) / T: both terms are >= 0, so small entropies keep their digits.
     """
-    shifted = scores.float() - scores.amax(dim=-1, keepdim=True)
-    if temperature != 1:
-        shifted /= temperature
-    shifted.clamp_(min=EXP_UNDERFLOW)  # 0 * -inf would be NaN
-    weights = shifted.exp()
-    total = weights.sum(dim=-1)
-    return total.log() - torch.linalg.vecdot(weights, shifted) / total
+    scores = scores.detach()
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    blocks = row_blocks(scores)
+    # one workspace for all blocks: fresh memory for every temporary costs more than the arithmetic
+    workspace = torch.empty(2, *blocks[0].shape, dtype=dtype, device=scores.device)
+    entropies = []
+    for block in blocks:
+        shifted, weights = workspace[:, : block.size(0)]
+        torch.sub(block.to(dtype), block.amax(dim=-1, keepdim=True), out=shifted)
+        if temperature != 1:
+            shifted /= temperature
+        shifted.clamp_(min=LEAST_EXPONENT)  # 0 * -inf would be NaN
+        total = torch.exp(shifted, out=weights).sum(dim=-1)
+        entropies.append(total.log() - shifted.mul_(weights).sum(dim=-1) / total)
+    return functional.threshold(torch.cat(entropies), LEAST_ENTROPY, 0.0)
 
 
 class AdaptiveTemperature(RolloutProcessor):
-    """Divides row z by f = T_t / T_b, so that transformers' own division by T_b makes T_t of it.
+    """Divides row z by f = T_t / T_b, so that the engine's own division by T_b makes T_t of it.
 
     Place it after every processor that changes logits and before the temperature (see `sampling_control`).
     tau = 0 or stats None returns the very tensor it got.
     """
 
+    memory = "none"
+    traced = ("entropy",)
+
     def __init__(
         self,
-        stats: EntropyStats | None,
+        stats: EntropyStats | Sequence[float] | None,
         tau: float = 0.05,
         base: float = 1.0,
         form: Form = "bounded",
@@ -106,27 +156,37 @@ class AdaptiveTemperature(RolloutProcessor):
     ) -> None:
         check_temperature(base)
         check_options(tau, form, sign)
+        if stats is not None and not isinstance(stats, EntropyStats):
+            stats = EntropyStats(*(torch.tensor(value) for value in stats))
         self.stats, self.tau, self.base, self.form, self.sign, self.floor = stats, tau, base, form, sign, floor
-        self._entropies: list[Tensor] = []  # one (B,) per step
+
+    @property
+    def is_neutral(self) -> bool:
+        """True with tau 0 or without statistics."""
+        return self.stats is None or self.tau == 0
+
+    def settings(self) -> dict[str, Any]:
+        """Constructor arguments in plain values."""
+        stats = None if self.stats is None else [float(value) for value in self.stats]
+        return {"stats": stats} | {name: getattr(self, name) for name in ("tau", "base", "form", "sign", "floor")}
 
     def begin(self, prompt_length: int, settings: GenerationSettings) -> None:
         """Drop the record of an earlier call; the base temperature must be the one that generate divides by."""
         actual = 1.0 if settings.temperature is None else settings.temperature
         if actual != self.base:
             raise ValueError(f"adaptive temperature was built for temperature={self.base} but generate uses {actual}")
-        self._entropies = []
+        super().begin(prompt_length, settings)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """(B, V) raw logits -> (B, V) logits divided by each row's factor."""
-        if self.stats is None or self.tau == 0:
-            return scores
-        entropy = row_entropy(scores, self.base)
-        self._entropies.append(entropy)
-        return scores / self._factor(entropy)[:, None].to(scores.dtype)
+    def apply(self, scores: Tensor, rows: Rows, columns: Columns) -> Tensor:
+        """Divide each row by its factor, in place."""
+        columns["entropy"] = entropy = row_entropy(scores, self.base)
+        scores /= self._factor(entropy)[:, None].to(scores.dtype)
+        return scores
 
     def factors(self) -> Tensor | None:
         """(B, steps) factors T_t / T_b of the last generate call, None if nothing was changed."""
-        return self._factor(torch.stack(self._entropies, dim=1)) if self._entropies else None
+        entropy = self.trace().get("entropy")
+        return None if entropy is None else self._factor(entropy)
 
     def metrics(self, lengths: Sequence[int] | None = None) -> dict[str, float]:
         """Means over the sampled tokens of the last generate call; waits for the device once.
@@ -138,9 +198,9 @@ class AdaptiveTemperature(RolloutProcessor):
             `temperature_factor` mean of T_t / T_b, `temperature_clamped` share of tokens at a bound (a large share
             means that the statistics no longer fit), `sampling_entropy` in nats at T_b; empty if nothing was changed.
         """
-        if self.stats is None or not self._entropies:
+        entropy = self.trace().get("entropy")  # (B, steps)
+        if entropy is None:
             return {}
-        entropy = torch.stack(self._entropies, dim=1)  # (B, steps)
         if lengths is not None:
             steps = torch.arange(entropy.size(1), device=entropy.device)
             entropy = entropy[steps < torch.as_tensor(lengths, device=entropy.device)[:, None]]
@@ -149,18 +209,22 @@ class AdaptiveTemperature(RolloutProcessor):
         return dict(zip(("temperature_factor", "temperature_clamped", "sampling_entropy"), values, strict=True))
 
     def _factor(self, entropy: Tensor) -> Tensor:
-        return adaptive_temperature(entropy, self.stats, 1.0, self.tau, self.form, self.sign, self.floor)
+        return adaptive_temperature(entropy, self._stats, 1.0, self.tau, self.form, self.sign, self.floor)
+
+    @property
+    def _stats(self) -> EntropyStats | None:
+        return self.stats if isinstance(self.stats, EntropyStats) else None
 
     def _is_clamped(self, entropy: Tensor, factor: Tensor) -> Tensor:
-        assert self.stats is not None
+        assert self._stats is not None
         if self.form == "zscore":
             return factor <= ZSCORE_FLOOR
         log_h = log_entropy(entropy, self.floor)
-        return (log_h <= self.stats.low.to(log_h)) | (log_h >= self.stats.high.to(log_h))
+        return (log_h <= self._stats.low.to(log_h)) | (log_h >= self._stats.high.to(log_h))
 
 
 @dataclass(frozen=True)
-class AdaptiveTemperatureConfig:
+class AdaptiveTemperatureConfig(DecodingModule):
     """HAPO part A: sampling temperature of every token from the entropy of its row."""
 
     tau: float = 0.05
@@ -174,8 +238,8 @@ class AdaptiveTemperatureConfig:
     floor: float = LOG_FLOOR
     """Smallest entropy (nats) told apart from 0, in the statistics and in the sampler."""
 
-    needs: ClassVar[tuple[str, ...]] = ("entropy_stats",)
-    stage: ClassVar[Literal["logits", "temperature"]] = "temperature"
+    needs = ("entropy_stats",)
+    stage = "temperature"
 
     def __post_init__(self) -> None:
         check_options(self.tau, self.form, self.sign)
