@@ -1,0 +1,111 @@
+"""The rollout engine that TRL's settings choose, and what it cannot do: all that is known before anything is loaded.
+
+engine               chosen by
+transformers         the default
+continuous_batching  training.use_transformers_continuous_batching
+vllm_colocate        training.use_vllm, vllm_mode: colocate
+vllm_server          training.use_vllm, vllm_mode: server
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from trl import GRPOConfig
+
+from rltok.config import ConfigError
+from rltok.rollout import RolloutConfig
+
+RESTRICTING = (
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "typical_p",
+    "top_h",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "bad_words",
+    "bad_words_ids",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+    "no_repeat_ngram_size",
+    "encoder_repetition_penalty",
+    "sequence_bias",
+    "logit_bias",
+    "allowed_token_ids",
+    "min_tokens",
+    "min_length",
+    "min_new_tokens",
+    "guidance_scale",
+    "thinking_token_budget",
+    "structured_outputs",
+)
+"""Keys of generation_kwargs that make the sampler another one than the policy at training.temperature."""
+
+
+def engine_of(args: GRPOConfig) -> str:
+    """Name of the rollout engine that TRL's settings choose."""
+    if args.use_vllm:
+        return f"vllm_{args.vllm_mode}"
+    return "continuous_batching" if args.use_transformers_continuous_batching else "transformers"
+
+
+def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: bool = False) -> None:
+    """Refuse what the engine of a run cannot do, before anything is loaded.
+
+    Raises:
+        ConfigError: names the method, the engine, and the engine to use instead.
+    """
+    if not (rollout.records_logps or rollout.modifies_sampler):
+        return
+    reason = "recording log-probabilities (rollout.record_logps)"
+    if rollout.modifies_sampler:
+        reason = "rollout.decoding" if rollout.decodes else "rollout.steering"
+    if has_rollout_func:
+        raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
+    engine = engine_of(args)
+    for module in rollout.decoding:
+        if not module.is_neutral and engine not in module.engines:
+            raise ConfigError(
+                f"rollout.decoding: {type(module).__name__} does not run on the engine {engine}. Use one of "
+                f"{', '.join(module.engines)} ({_settings_of(module.engines[0])})."
+            )
+    if args.use_vllm and rollout.steers:
+        raise ConfigError(
+            f"rollout.steering moves hidden states through hooks, which do not reach the engine {engine}. Use "
+            f"transformers ({_settings_of('transformers')}) or continuous_batching."
+        )
+    if args.use_vllm and rollout.decodes and rollout.resolved_correction.mode == "off":
+        mode = args.vllm_importance_sampling_mode
+        if args.vllm_importance_sampling_correction and mode.startswith("sequence"):
+            raise ConfigError(
+                "rollout.correction.mode='off' leaves TRL's own correction in force, and training."
+                f"vllm_importance_sampling_mode={mode!r} drops almost every completion that a decoding method touched. "
+                "Remove rollout.correction.mode, or set training.vllm_importance_sampling_correction=false."
+            )
+    generation = args.generation_kwargs if isinstance(args.generation_kwargs, Mapping) else {}
+    if generation.get("num_beams", 1) > 1 or generation.get("do_sample") is False:
+        raise ConfigError(
+            f"{reason} follows the distribution a token was drawn from; training.generation_kwargs={dict(generation)} "
+            "does not draw. Remove num_beams and do_sample."
+        )
+    hidden = [name for name in RESTRICTING if generation.get(name) is not None]
+    if rollout.strict and hidden:
+        raise ConfigError(
+            f"training.generation_kwargs sets {', '.join(hidden)}: {reason} and the learner's ratio take the sampler "
+            "to be the policy at training.temperature. Remove them, or accept a biased gradient with "
+            "rollout.strict=false."
+        )
+
+
+def _settings_of(engine: str) -> str:
+    return {
+        "transformers": "training.use_vllm=false, training.use_transformers_continuous_batching=false",
+        "continuous_batching": "training.use_transformers_continuous_batching=true",
+        "vllm_colocate": "training.use_vllm=true, training.vllm_mode=colocate",
+        "vllm_server": "training.use_vllm=true, training.vllm_mode=server",
+    }[engine]
