@@ -53,6 +53,8 @@ def _work(recipe: Recipe, args: CreditConfig, processes: int) -> list[str]:
         f"({args.num_generations} each), at most {per_rollout * length:,} tokens",
         f"updates: {updates_per_rollout:g} per rollout, each of {per_update} completions, on {processes} process(es)",
     ]
+    if recipe.rollout is not None:
+        lines += _sampler(recipe, args)
     if recipe.selection is not None:
         lines.append(_selection(recipe, per_rollout, args.num_generations, steps or 1))
     if steps is None:
@@ -63,6 +65,26 @@ def _work(recipe: Recipe, args: CreditConfig, processes: int) -> list[str]:
             f"steps: {steps} updates in {rollouts:g} rollouts, at most {int(rollouts * per_rollout * length):,} tokens"
         )
     return lines
+
+
+def _sampler(recipe: Recipe, args: CreditConfig) -> list[str]:
+    """The engine, what changes its samples, and the weights that make up for it."""
+    from rltok.rollout import build_rollout
+    from rltok.trainers.engine_choice import engine_of
+
+    rollout = build_rollout(recipe.rollout)
+    if not rollout.modifies_sampler:
+        return []
+    names = [
+        item["type"]
+        for item, m in zip((recipe.rollout or {})["decoding"], rollout.decoding, strict=True)
+        if not m.is_neutral
+    ]
+    names += ["steering"] if rollout.steers else []
+    weights = rollout.resolved_correction
+    low, high = weights.bounds
+    correction = "none" if weights.mode == "off" else f"{weights.mode} {weights.level} weights to [{low:g}, {high:g}]"
+    return [f"sampler: {', '.join(names)} on the engine {engine_of(args)}; correction: {correction}"]
 
 
 def _selection(recipe: Recipe, rows: int, group: int, steps: int) -> str:

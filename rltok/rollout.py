@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rltok.config import ConfigError, build, build_typed, join
 from rltok.correction import CorrectionConfig
 from rltok.sampling import DECODING, DecodingModule
 from rltok.selection.prompts import PromptSkippingConfig
+from rltok.steering import SteeringConfig
 
 
 @dataclass(frozen=True)
@@ -36,53 +37,99 @@ class RolloutConfig:
 
     decoding: tuple[DecodingModule, ...] = ()
     """Decoding methods, each `{type: NAME, option: value}`; they act together, temperatures last."""
-    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
-    """Weights between the sampler and the learner."""
+    steering: SteeringConfig | None = None
+    """Steering vectors added to hidden states while completions are made; null is the plain model."""
+    correction: CorrectionConfig | None = None
+    """Weights between the sampler and the learner; null takes what the decoding methods recommend."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Refill groups whose metric is constant; null trains on them as they are."""
     prompt_skipping: PromptSkippingConfig | None = None
     """Skip prompts that were lately solved always or never, before they cost a rollout; null visits every prompt."""
     record_logps: Literal["auto", "always", "never"] = "auto"
-    """Record the log-probability of every sampled token; `auto` exactly when the correction uses it."""
+    """Record the log-probability of every sampled token; `auto` exactly when something uses it."""
     strict: bool = True
     """Refuse top-p, top-k, min-p and penalties, whose ratio to the unrestricted policy is biased by construction."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "decoding", tuple(self.decoding))
-        for module in self.decoding:
-            if not isinstance(module, DecodingModule):
-                raise TypeError(f"decoding has {module!r}, which is no decoding method; known: {', '.join(DECODING)}")
-        kinds = [type(module) for module in self.decoding]
-        for kind in kinds:
-            if kinds.count(kind) > 1:
-                raise ValueError(f"decoding lists {kind.__name__} {kinds.count(kind)} times: keep one")
+        check_decoding(self.decoding)
+        if self.correction is None:
+            active = [part.recommended for part in self._parts if not part.is_neutral]
+            object.__setattr__(self, "correction", strictest(active))
         if self.record_logps not in ("auto", "always", "never"):
             raise ValueError(f"record_logps={self.record_logps!r} is unknown; allowed: 'auto', 'always', 'never'")
         if self.record_logps == "never" and self.resolved_correction.mode != "off":
             raise ValueError(
-                f"correction.mode={self.correction.mode!r} needs what record_logps='never' drops: "
+                f"correction.mode={self.resolved_correction.mode!r} needs what record_logps='never' drops: "
                 "set record_logps='auto' or correction.mode='off'"
             )
 
     @property
     def modifies_sampler(self) -> bool:
+        """True if anything here can change a sample."""
+        return any(not part.is_neutral for part in self._parts)
+
+    @property
+    def steers(self) -> bool:
+        """True if hidden states are moved."""
+        return self.steering is not None and not self.steering.is_neutral
+
+    @property
+    def _parts(self) -> tuple[DecodingModule | SteeringConfig, ...]:
+        return self.decoding if self.steering is None else (*self.decoding, self.steering)
+
+    @property
+    def decodes(self) -> bool:
         """True if any decoding method can change a sample."""
         return any(not module.is_neutral for module in self.decoding)
 
     @property
+    def forces(self) -> bool:
+        """True if a decoding method puts tokens in place of samples."""
+        return any(module.forces and not module.is_neutral for module in self.decoding)
+
+    @property
     def resolved_correction(self) -> CorrectionConfig:
         """`correction` with mode `auto` decided by `modifies_sampler`."""
+        assert self.correction is not None  # __post_init__ fills it
         return self.correction.resolve(self.modifies_sampler)
 
     @property
     def records_logps(self) -> bool:
         """True if log-probabilities are recorded during rollouts."""
-        return self.record_logps == "always" or (self.record_logps == "auto" and self.resolved_correction.mode != "off")
+        wanted = self.resolved_correction.mode != "off" or self.forces
+        return self.record_logps == "always" or (self.record_logps == "auto" and wanted)
 
     @property
     def needs(self) -> frozenset[str]:
         """Fields of `DecodingContext` that the active decoding methods need."""
         return frozenset(need for module in self.decoding if not module.is_neutral for need in module.needs)
+
+
+def strictest(configs: Sequence[CorrectionConfig]) -> CorrectionConfig:
+    """One correction that is at least as careful as each of several; the default for none.
+
+    Raises:
+        ValueError: they weight at different levels.
+    """
+    if not configs:
+        return CorrectionConfig()
+    levels = sorted({config.level for config in configs})
+    if len(levels) > 1:
+        raise ValueError(f"the decoding methods recommend weights at levels {', '.join(levels)}: set correction.level")
+    most = [c.clip_max for c in configs if c.clip_max is not None]
+    least = [c.bounds[0] for c in configs if c.bounds[0] > 0]
+    vetoes = [c.veto for c in configs if c.veto is not None]
+    return replace(
+        configs[0],
+        mode="mask" if any(c.mode == "mask" for c in configs) else configs[0].mode,
+        clip_max=min(most, default=None),
+        clip_min=max(least, default=None),
+        symmetric=False,
+        veto=max(vetoes, default=None),
+        batch_normalize=any(c.batch_normalize for c in configs),
+        min_ess=max(c.min_ess for c in configs),
+    )
 
 
 def build_rollout(section: Mapping[str, Any] | RolloutConfig | None, path: str = "rollout") -> RolloutConfig:
@@ -95,11 +142,32 @@ def build_rollout(section: Mapping[str, Any] | RolloutConfig | None, path: str =
         return section
     if isinstance(section, Mapping) and "decoding" in section:
         where = join(path, "decoding")
-        section = {**section, "decoding": _build_decoding(section["decoding"], where)}
+        section = {**section, "decoding": build_decoding(section["decoding"], where)}
     return build(RolloutConfig, section, path)
 
 
-def _build_decoding(items: Any, path: str) -> tuple[DecodingModule, ...]:
+def check_decoding(modules: Sequence[DecodingModule]) -> None:
+    """Raise unless these are decoding methods, each of them listed once.
+
+    Raises:
+        TypeError: an entry of another kind.
+        ValueError: a method listed twice.
+    """
+    for module in modules:
+        if not isinstance(module, DecodingModule):
+            raise TypeError(f"decoding has {module!r}, which is no decoding method; known: {', '.join(DECODING)}")
+    kinds = [type(module) for module in modules]
+    for kind in kinds:
+        if kinds.count(kind) > 1:
+            raise ValueError(f"decoding lists {kind.__name__} {kinds.count(kind)} times: keep one")
+
+
+def build_decoding(items: Any, path: str) -> tuple[DecodingModule, ...]:
+    """Decoding methods from a list of `{type: NAME, option: value}`; None is the empty list.
+
+    Raises:
+        ConfigError: no list, unknown key or type, or a wrong value.
+    """
     if items is None:
         return ()
     if not isinstance(items, list | tuple):

@@ -34,6 +34,7 @@ CASES: dict[str, dict[str, object]] = {
     "corrected": {
         "rollout": {"correction": {"mode": "mask", "clip_max": 1.1, "symmetric": True, "batch_normalize": True}}
     },
+    "forced": {"rollout": {"decoding": [{"type": "budget_forcing", "max_tokens": 8, "final_text": "0123456789"}]}},
     "preplan": {"credit": PREPLAN},
     "preplan_batch": {"credit": PREPLAN | {"head_scope": "batch", "control": "shuffled"}},
     "d3s": {"selection": CUT | {"type": "d3s"}},
@@ -77,6 +78,8 @@ class FixedRollouts(CreditTrainer):
             sampled = -3.9 - 0.1 * torch.rand(length, generator=generator)
             if start + i == 1 and self.rejects:
                 sampled[0] -= 3.0  # out of bounds, on the first rank only
+            if start + i < 3 and self.doors.rollout.forces:
+                sampled[torch.tensor(completions[-1]) < 13] = 0.0  # digits, which were put there, on the first rank
             logps.append(sampled.tolist())
         corrects = self.doors.rollout.resolved_correction.mode != "off"
         return completions, logps if corrects else None

@@ -52,7 +52,11 @@ def main(folder: Path, how: str, when: int) -> None:
         credit={"type": "token_group_average"},
         objective={"type": "hapo"},
         rollout={
-            "decoding": [{"type": "adaptive_temperature", "tau": 0.3}],
+            "decoding": [
+                {"type": "cyclic_reflex", "words": ["1", "2"], "amplitude": 1.0, "period": 5.0},
+                {"type": "budget_forcing", "min_tokens": 2, "max_tokens": 7, "ignore": 0, "wait_text": "w"},
+                {"type": "adaptive_temperature", "tau": 0.3},
+            ],
             "dynamic_sampling": {"metric": "even_length", "max_rounds": 0},
             "prompt_skipping": {
                 "metric": "even_reward",

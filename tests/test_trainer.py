@@ -20,6 +20,10 @@ HAPO_DOORS = {
 }
 
 
+REFLEX = {"type": "cyclic_reflex", "words": ["1", "2", "3"], "amplitude": 2.0, "period": 6.0}
+SWITCHING = {"type": "thought_switching", "words": ["4", "5"], "alpha": 1.0, "beta": 3}
+SUPPRESSION = {"type": "reflection_suppression", "words": ["6"], "strength": 1.5, "variants": "bare"}
+FORCING = {"type": "budget_forcing", "min_tokens": 3, "max_tokens": 5, "ignore": 0, "wait_text": "w"}
 PREPLAN = {"type": "preplan_anchor", "window": 2, "horizon_min": 1, "horizon_max": 4}
 DOORS = ("credit", "objective", "rollout", "selection")
 
@@ -61,6 +65,10 @@ NEUTRAL = {
         "objective": {"type": "hapo", "alpha": 0.0, "beta": 0.0},
         "rollout": {"decoding": [{"type": "adaptive_temperature", "tau": 0.0}]},
     },
+    "amplitude 0": {"rollout": {"decoding": [REFLEX | {"amplitude": 0.0}]}},
+    "alpha 0": {"rollout": {"decoding": [SWITCHING | {"alpha": 0.0}]}},
+    "suppression 0": {"rollout": {"decoding": [SUPPRESSION | {"strength": 0.0}]}},
+    "infinite budget": {"rollout": {"decoding": [FORCING | {"min_tokens": 0, "max_tokens": None}]}},
     "recorded only": {"rollout": {"record_logps": "always"}},
     "preplan 1": {"credit": {"type": "preplan_anchor", "gamma_amp": 1.0}},
     "preplan of nothing": {"credit": {"type": "preplan_anchor", "top_quantile": 0.0}},
@@ -89,6 +97,15 @@ ACTIVE = {
     "C": {"objective": {"type": "hapo", "alpha": 0.0}},
     "D": {"objective": {"type": "hapo", "beta": 0.0}},
     "A": {"rollout": {"decoding": [{"type": "adaptive_temperature", "tau": 0.5}]}},
+    "reflex": {"rollout": {"decoding": [REFLEX]}},
+    "thought switching": {"rollout": {"decoding": [SWITCHING]}},
+    "suppression": {"rollout": {"decoding": [SUPPRESSION]}},
+    "budget forcing": {"rollout": {"decoding": [FORCING]}},
+    "all decoding on hapo and d3s": {
+        **HAPO_DOORS,
+        "rollout": {"decoding": [REFLEX, SWITCHING, SUPPRESSION, FORCING, {"type": "adaptive_temperature"}]},
+        "selection": {"type": "d3s"},
+    },
     "released": {"objective": {"type": "hapo", "sign": "released", "statistics": "micro_batch", "zone": "token"}},
     "clip_cov": {"objective": {"type": "clip_cov", "ratio": 0.1, "low": 0.0}},
     "kl_cov": {"objective": {"type": "kl_cov", "ratio": 0.1}},
@@ -390,7 +407,6 @@ REFUSED = [
     ({"top_k": 20}, "top_k=20.*rollout.strict=false"),
     ({"min_p": 0.1}, "min_p=0.1.*rollout.strict=false"),
     ({"repetition_penalty": 1.1}, "repetition_penalty=1.1.*rollout.strict=false"),
-    ({**HAPO_DOORS, "use_transformers_continuous_batching": True}, "use_transformers_continuous_batching"),
     ({**HAPO_DOORS, "generation_kwargs": {"num_beams": 2}}, "num_beams"),
     (
         {"credit": {"type": "token_group_average"}, "scale_rewards": "batch"},

@@ -60,7 +60,7 @@ class CorrectionConfig:
     """Divide the weights by their mean over the tokens (or completions) of all ranks that still count."""
     masked_in_denominator: bool = False
     """Keep rejected tokens in the denominator of the loss, as TRL does; false: a rejected token is not data."""
-    min_ess: float = 0.0
+    min_ess: float = 0.5
     """Warn when the effective sample size, as a fraction of the sample, falls below this; 0 never warns."""
 
     def __post_init__(self) -> None:

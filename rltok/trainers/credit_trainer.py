@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ from rltok.objective import (
     ObjectiveTerm,
 )
 from rltok.rollout import RolloutConfig
-from rltok.sampling import AdaptiveTemperatureConfig, DecodingContext, SampledLogps, make_processors, sampling_control
+from rltok.sampling import AdaptiveTemperatureConfig, make_processors
 from rltok.selection import SelectionMethod
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
@@ -45,6 +46,7 @@ from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_r
 from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, RolloutState, loss_mask, multimodal, sequence
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
+from rltok.trainers.engines import built_with, check_built, controlled
 from rltok.trainers.loss import ComposedLoss, loss_settings
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
@@ -99,7 +101,8 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         if args is not None:
             names = [_reward_name(f) for f in (reward_funcs if isinstance(reward_funcs, list) else [reward_funcs])]
             check_doors(self.doors, args, names, kwargs.get("rollout_func") is not None)
-        super().__init__(model, reward_funcs, args, *positional, **kwargs)
+        with built_with(self.doors.rollout, args):
+            super().__init__(model, reward_funcs, args, *positional, **kwargs)
         if args is None:
             check_doors(self.doors, self.args, self.reward_func_names, self.rollout_func is not None)
         self.loss_settings = loss_settings(self.args)
@@ -125,6 +128,9 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
                 rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
             )
         self._check_attention()
+        check_built(self)
+        self._forced_ids = self._find_forced_ids()
+        self._warned_of_ess = False
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._postponed = False
         self._rewards_per_func: Tensor | None = None
@@ -152,22 +158,42 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
 
     # ------------------------------------------------------------------ door 3: rollout
 
-    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
+    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
         rollout = self.doors.rollout
-        if not self.model.training or self.use_vllm or not (rollout.records_logps or rollout.modifies_sampler):
-            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
-        context = DecodingContext(self.temperature, self._sampler_stats, self._tokenizer)
-        processors = make_processors(rollout.decoding, context)
-        recorder = SampledLogps() if rollout.records_logps else None
-        with sampling_control(self.accelerator.unwrap_model(self.model), processors, recorder):
-            completion_ids, logps, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        if not self.model.training or not (rollout.records_logps or rollout.modifies_sampler):
+            return super()._generate_single_turn(*args, **kwargs)
+        processors = make_processors(rollout.decoding, self._decoding_context(self._sampler_stats))
+        steering = nullcontext() if rollout.steering is None else rollout.steering.attach(self._causal_lm)
+        with steering as steered, controlled(self, processors, rollout.records_logps) as finish:
+            completion_ids, logps, *rest = super()._generate_single_turn(*args, **kwargs)
+        logps = finish(completion_ids, logps)
+        if steered is not None:
+            for name, value in steered.metrics().items():
+                self._metrics["train"][f"rollout/{name}"].append(value)
         lengths = [len(ids) for ids in completion_ids]
         for processor in processors:
             for name, value in processor.metrics(lengths).items():
                 self._metrics["train"][f"rollout/{name}"].append(value)
-        if recorder is not None:
-            logps = recorder.finish(completion_ids)
         return completion_ids, logps, *rest
+
+    def _find_forced_ids(self) -> Tensor:
+        """(F,) ids that a decoding method may put in place of a sample."""
+        context = self._decoding_context()
+        modules = [module for module in self.doors.rollout.decoding if module.forces and not module.is_neutral]
+        ids = sorted(set().union(*(module.forced_ids(context) for module in modules)))
+        return torch.tensor(ids, dtype=torch.long, device=self.accelerator.device)
+
+    def _leave_out_forced(self, output: dict[str, Any], mode: str) -> None:
+        """A token that was put there, with probability 1, is no sample: it leaves the loss mask and its count."""
+        if not self._forced_ids.numel() or "sampling_per_token_logps" not in output:
+            return
+        mask = loss_mask(output)
+        certain = output["sampling_per_token_logps"] == 0
+        forced = certain & torch.isin(output["completion_ids"], self._forced_ids) & mask.bool()
+        output["tool_mask"] = output.get("tool_mask", torch.ones_like(mask)) * ~forced
+        output["num_items_in_batch"] = self.accelerator.gather(loss_mask(output).sum()).sum()
+        count, total = self._reducer.sum(torch.stack([forced.sum(), mask.sum()]).float()).tolist()
+        self._metrics[mode]["rollout/forced"].append(count / max(total, 1.0))
 
     # ------------------------------------------------------------------ scoring
 
@@ -242,6 +268,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         rewards_per_func = output.pop("rewards_per_func")
         scored_logps = output.pop("scored_logps", None)
         entropy = output.pop("scored_entropy", None)
+        self._leave_out_forced(output, mode)
         if scored_logps is not None and self.doors.rollout.resolved_correction.mode != "off":
             self._correct(output, scored_logps, mode)
         mask = loss_mask(output)
@@ -361,10 +388,13 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         values = {name: float(value) for name, value in weights.metrics.items()}
         for name, value in values.items():
             self._metrics[mode][f"correction/{name}"].append(value)
-        if values["weight_ess"] < config.min_ess and self.accelerator.is_main_process:
-            logger.warning(
+        if values["weight_ess"] < config.min_ess and not self._warned_of_ess:
+            self._warned_of_ess = True
+            log = logger.warning if self.accelerator.is_main_process else logger.debug
+            log(
                 "The effective sample size after correction is %.3f of the sample, below rollout.correction.min_ess=%s."
-                " Weaken the decoding (rollout.decoding) or lower rollout.correction.clip_max=%s.",
+                " Weaken the decoding (rollout.decoding) or lower rollout.correction.clip_max=%s. This is said once; "
+                "correction/weight_ess is logged at every step.",
                 values["weight_ess"],
                 config.min_ess,
                 config.clip_max,

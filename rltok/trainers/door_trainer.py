@@ -13,6 +13,7 @@ from trl import GRPOTrainer
 
 from rltok.entropy import EntropyStats
 from rltok.objective import LossSettings
+from rltok.sampling import DecodingContext
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather
 from rltok.trainers.doors import Doors
@@ -77,6 +78,10 @@ class DoorTrainer(GRPOTrainer):
     # TRL's micro-batches of the current rollout, and its clock of an optimizer step.
     _buffered_inputs: list[Any] | None
     _current_train_step_time: float
+
+    def _decoding_context(self, stats: EntropyStats | None = None) -> DecodingContext:
+        """What a rollout's decoding methods may use."""
+        return DecodingContext(self.temperature, stats, self._tokenizer, tuple(self.eos_token_ids))
 
     @property
     def _reads_scores(self) -> bool:

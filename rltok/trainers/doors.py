@@ -16,6 +16,7 @@ from rltok.objective import HAPO, OBJECTIVE, ClipCov, GSPOToken, KLCov, Objectiv
 from rltok.objective.aggregate import CLIPPED
 from rltok.rollout import RolloutConfig, build_rollout, refuse_restricted_sampling
 from rltok.selection import SELECTION, SelectionMethod
+from rltok.trainers.engine_choice import check_engine
 
 
 @dataclass(frozen=True)
@@ -179,26 +180,19 @@ def _check_sampler(doors: Doors, args: GRPOConfig, has_rollout_func: bool) -> No
         )
     except ValueError as error:
         raise ConfigError(f"training: {error}", "training") from None
-    if not (rollout.records_logps or rollout.modifies_sampler):
-        return
-    reason = "rollout.decoding" if rollout.modifies_sampler else "recording log-probabilities (rollout.record_logps)"
-    if args.use_transformers_continuous_batching:
+    for index, module in enumerate(rollout.decoding):
+        if rollout.strict and module.restricts and not module.is_neutral:
+            raise ConfigError(
+                f"rollout.decoding[{index}]: {type(module).__name__} gives tokens probability 0 that the policy may "
+                "choose, and no weight makes up for what is never sampled. Give it a finite strength, use it in "
+                "evaluation.decoding, or accept a biased gradient with rollout.strict=false."
+            )
+    if rollout.strict and rollout.forces and rollout.resolved_correction.mode == "off":
         raise ConfigError(
-            f"{reason} needs the processors of plain generate, which training.use_transformers_continuous_batching="
-            "true does not run. Set it to false."
+            "rollout.decoding puts words in place of samples, which rollout.correction.mode='off' would train as the "
+            "policy's own. Remove rollout.correction.mode, or accept that with rollout.strict=false."
         )
-    if has_rollout_func:
-        raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
-    if args.use_vllm and rollout.modifies_sampler:
-        raise ConfigError(
-            "rollout.decoding runs on transformers' generate only, but training.use_vllm=true. Set it to false."
-        )
-    generation = args.generation_kwargs if isinstance(args.generation_kwargs, Mapping) else {}
-    if not args.use_vllm and (generation.get("num_beams", 1) > 1 or generation.get("do_sample") is False):
-        raise ConfigError(
-            f"{reason} follows the distribution a token was drawn from; training.generation_kwargs={dict(generation)} "
-            "does not draw. Remove num_beams and do_sample."
-        )
+    check_engine(rollout, args, has_rollout_func)
 
 
 def _check_correction(doors: Doors, args: GRPOConfig) -> None:
