@@ -42,20 +42,29 @@ from rltok.config import ConfigError, build
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma
 from rltok.evaluate import generate_batch, isolated_rng
 from rltok.models import ModelConfig, load_model, load_tokenizer
+from rltok.prompts import (
+    Prompt,
+    asked_as,
+    check_prompt,
+    clip,
+    flag,
+    is_conversation,
+    prompt_tokens,
+    read_rows,
+    token_texts,
+)
 from rltok.run import quiet_libraries, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Prompt = str | list[dict[str, Any]]
-"""Text, or a conversation of messages with role and content."""
+WeightType = Literal["auto", "float32", "bfloat16", "float16"]
 
 MAX_NEW_TOKENS = 256
 """Completion length of `--prompt` unless told otherwise."""
 GENERATION_BATCH = 16
 """Prompts that are completed at once."""
-FILE_SUFFIXES = (".jsonl", ".parquet")
 UNUSED_OPTIONS = {
     "control": "the sets are shown where attention puts them",
     "sign": "a completion read from here has no advantage",
@@ -92,7 +101,7 @@ class AttendOptions:
     """directory of the files"""
     pictures: int = 4
     """at most so many completions are drawn; 0 draws none"""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    dtype: WeightType = "float32"
     """of the weights"""
 
     def __post_init__(self) -> None:
@@ -103,18 +112,14 @@ class AttendOptions:
         for name in foreign:
             if getattr(self, name) is not None:
                 owner = "--completions FILE" if self.prompts else "--prompt TEXT"
-                raise ConfigError(f"{_flag(name)} {getattr(self, name)} only goes with {owner}; leave it out")
+                raise ConfigError(f"{flag(name)} {getattr(self, name)} only goes with {owner}; leave it out")
         if self.out.exists() and not self.out.is_dir():
             raise ConfigError(f"--out {self.out}: is a file; give a directory, which may be new")
         limits = {"rows": 1, "max_new_tokens": 1, "temperature": 0, "pictures": 0}
         for name, least in limits.items():
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
-                raise ConfigError(f"{_flag(name)} {value} must be >= {least} and finite")
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+                raise ConfigError(f"{flag(name)} {value} must be >= {least} and finite")
 
 
 @dataclass(frozen=True)
@@ -167,7 +172,9 @@ def run_attend(options: AttendOptions, console: Console) -> int:
     model, tokenizer = load_checkpoint(options)
     _check_probeable(model, method)  # before the time that generation takes
     if rows is None:
-        samples = generate(model, tokenizer, [_asked(p, options.chat) for p in options.prompts], **_generation(options))
+        samples = generate(
+            model, tokenizer, [asked_as(p, options.chat) for p in options.prompts], **_generation(options)
+        )
     else:
         samples = [
             sample_of(row, tokenizer, options.chat, f"{options.completions}, row {number}")
@@ -185,10 +192,10 @@ def run_attend(options: AttendOptions, console: Console) -> int:
         "layers": ", ".join(map(str, layers)),
         "signals": f"{json_file} and {table_file}",
     }
-    _print_facts(facts, console)
+    print_facts(facts, console)
     pictures = _write_pictures(attended, options)
     if pictures:
-        _print_facts({"pictures": " ".join(map(str, pictures))}, console)
+        print_facts({"pictures": " ".join(map(str, pictures))}, console)
     return 0
 
 
@@ -229,58 +236,7 @@ def read_completions(path: Path, rows: int | None = None) -> list[dict[str, Any]
     Raises:
         ConfigError: no such file, another kind of file, unreadable, without rows, or a column that is missing.
     """
-    if not path.is_file():
-        raise ConfigError(f"--completions {path}: there is no such file")
-    if path.suffix.lower() not in FILE_SUFFIXES:
-        kinds = ", ".join(FILE_SUFFIXES)
-        raise ConfigError(f"--completions {path}: files of kind {path.suffix!r} cannot be read; allowed: {kinds}")
-    table = _read_parquet(path, rows) if path.suffix.lower() == ".parquet" else _read_json_lines(path, rows)
-    if not table:
-        raise ConfigError(f"--completions {path}: the file has no rows")
-    return table
-
-
-def _read_parquet(path: Path, rows: int | None) -> list[dict[str, Any]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-        names = file.schema_arrow.names
-        _check_columns(names, str(path))
-        table = file.read(columns=[name for name in ("prompt", "completion", "tokens", "ended") if name in names])
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"--completions {path}: cannot be read as Parquet: {error}") from error
-    return table.slice(0, rows).to_pylist()
-
-
-def _read_json_lines(path: Path, rows: int | None) -> list[dict[str, Any]]:
-    table: list[dict[str, Any]] = []
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")  # splitlines() would also cut at U+2028 inside a text
-    except (UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"--completions {path}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        if len(table) == rows:
-            break
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"--completions {path}, line {number}: not JSON ({error})") from error
-        if not isinstance(row, dict):
-            raise ConfigError(f"--completions {path}, line {number}: {row!r} is no object with prompt and completion")
-        _check_columns(list(row), f"{path}, line {number}")
-        table.append(row)
-    return table
-
-
-def _check_columns(names: Sequence[str], where: str) -> None:
-    missing = [name for name in ("prompt", "completion") if name not in names]
-    if missing:
-        found = ", ".join(names) or "none"
-        raise ConfigError(f"--completions {where}: there is no column {' and no '.join(missing)}; found: {found}")
+    return read_rows(path, "--completions", ("prompt", "completion"), ("tokens", "ended"), rows)
 
 
 def sample_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: bool, where: str) -> Sample:
@@ -290,13 +246,12 @@ def sample_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: 
         ConfigError: a prompt or completion that is neither text nor messages of text, or an empty completion.
     """
     prompt = row["prompt"]
-    if not isinstance(prompt, str) and not _is_conversation(prompt):
-        raise ConfigError(f"--completions {where}: prompt {prompt!r} is neither text nor a list of messages of text")
-    prompt_text, prompt_ids = prompt_tokens(tokenizer, _asked(prompt, chat))
+    check_prompt(prompt, f"--completions {where}")
+    prompt_text, prompt_ids = prompt_tokens(tokenizer, asked_as(prompt, chat))
     text = _completion_text(row["completion"], where)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"] + _sampled_end(row, tokenizer)
     if not ids:
-        shown = _clip(str(prompt), 60)
+        shown = clip(str(prompt), 60)
         raise ConfigError(f"--completions {where}: the completion of {shown!r} is empty; leave the row out")
     return Sample(prompt_text, prompt_ids, text, ids)
 
@@ -304,18 +259,9 @@ def sample_of(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, chat: 
 def _completion_text(value: Any, where: str) -> str:
     if isinstance(value, str):
         return value
-    if _is_conversation(value) and len(value) == 1:
+    if is_conversation(value) and len(value) == 1:
         return value[0]["content"]
     raise ConfigError(f"--completions {where}: completion {value!r} is neither text nor one message of text")
-
-
-def _is_conversation(value: Any) -> bool:
-    return (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value)
-        and all(isinstance(m.get("content"), str) for m in value)
-    )
 
 
 def _sampled_end(row: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -342,30 +288,6 @@ def _report_other_tokens(
 
 
 # Completions from the model
-
-
-def _asked(prompt: Prompt, chat: bool) -> Prompt:
-    return [{"role": "user", "content": prompt}] if chat and isinstance(prompt, str) else prompt
-
-
-def prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> tuple[str, list[int]]:
-    """A prompt as text and token ids: a conversation by the chat template, with the assistant's turn opened.
-
-    Raises:
-        ConfigError: a conversation without chat template, or a prompt of no tokens.
-    """
-    if isinstance(prompt, str):
-        text, ids = prompt, tokenizer(prompt)["input_ids"]
-    elif tokenizer.chat_template is None:
-        raise ConfigError(
-            "the prompt is a conversation, but the tokenizer has no chat template; give plain prompts, without --chat"
-        )
-    else:
-        text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ConfigError(f"the prompt {prompt!r} has no tokens; a completion needs at least one token before it")
-    return text, ids
 
 
 def generate(
@@ -399,11 +321,6 @@ def _generation(options: AttendOptions) -> dict[str, Any]:
     """Keyword arguments of `generate`; what was not given keeps its default."""
     names = ("max_new_tokens", "temperature", "seed")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-
-
-def token_texts(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> list[str]:
-    """Text of every token alone, special tokens by name."""
-    return [tokenizer.decode([token]) for token in ids]
 
 
 # Signals
@@ -571,8 +488,8 @@ def _write_pictures(attended: Sequence[Attended], options: AttendOptions) -> lis
     paths = []
     for index, one in enumerate(attended[: options.pictures]):
         path = options.out / f"attend_{index}.png"
-        prompt = _clip(" ".join(one.sample.prompt.split()), 60)
-        draw(one, path, f"completion {index} of {_clip(options.checkpoint, 60)}: {prompt}")
+        prompt = clip(" ".join(one.sample.prompt.split()), 60)
+        draw(one, path, f"completion {index} of {clip(options.checkpoint, 60)}: {prompt}")
         paths.append(path)
     return paths
 
@@ -610,7 +527,8 @@ def _print_strongest(one: Attended, method: PreplanAnchor, console: Console) -> 
         )
 
 
-def _print_facts(facts: Mapping[str, str], console: Console) -> None:
+def print_facts(facts: Mapping[str, str], console: Console) -> None:
+    """A line per label and value; markup in them is inert."""
     for label, value in facts.items():
         console.print(f"{label:<15} {value}", highlight=False, soft_wrap=True, markup=False)
 
@@ -681,7 +599,7 @@ def figure_layout(tokens: int) -> tuple[float, int]:
 def tick_label(token: str) -> str:
     """A token as a label: blanks and line ends made visible, cut to `LABEL_LENGTH` characters."""
     visible = token.replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
-    return _clip("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in visible), LABEL_LENGTH).replace(
+    return clip("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in visible), LABEL_LENGTH).replace(
         " ", "\N{OPEN BOX}"
     )
 
@@ -744,10 +662,6 @@ def _members(one: Attended, name: str) -> list[int]:
     return [position for position, inside in enumerate(one.columns[name]) if inside]
 
 
-def _clip(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
-
-
 # Model
 
 
@@ -757,18 +671,36 @@ def load_checkpoint(options: AttendOptions) -> tuple[PreTrainedModel, PreTrained
     Raises:
         ConfigError: a directory without a model; for a run directory the message names its checkpoints.
     """
-    folder = Path(options.checkpoint)
+    config = checkpoint_config(options.checkpoint, options.dtype)
+    tokenizer = load_tokenizer(config)
+    return load_policy(config), tokenizer
+
+
+def checkpoint_config(checkpoint: str, dtype: WeightType) -> ModelConfig:
+    """How the model of a checkpoint is loaded.
+
+    Raises:
+        ConfigError: a directory without a model; for a run directory the message names its checkpoints.
+    """
+    folder = Path(checkpoint)
     if folder.is_dir() and not any((folder / name).is_file() for name in ("config.json", "adapter_config.json")):
         inside = sorted(str(path.parent) for path in folder.glob("*/config.json"))
         hint = f"; its checkpoints: {', '.join(inside)}" if inside else ""
         raise ConfigError(f"{folder}: holds no config.json or adapter_config.json, so it is no checkpoint{hint}")
-    config = ModelConfig(path=options.checkpoint, dtype=options.dtype)
-    tokenizer = load_tokenizer(config)
+    return ModelConfig(path=checkpoint, dtype=dtype)
+
+
+def load_policy(config: ModelConfig) -> PreTrainedModel:
+    """Model on this process's device.
+
+    Raises:
+        ConfigError: no causal language model.
+    """
     try:
         model = load_model(config)
     except ConfigError:
         raise
     except ValueError as error:  # transformers' answer to a model that generates no text
         reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"{options.checkpoint}: is no causal language model ({reason})") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+        raise ConfigError(f"{config.path}: is no causal language model ({reason})") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -257,6 +257,82 @@ def attend(
 
 
 @app.command()
+def generate(
+    checkpoint: Probed,
+    overrides: Overrides = None,
+    decoding: Annotated[
+        str,
+        typer.Option(
+            "--decoding", metavar="RECIPE|none", help="A recipe, or a YAML file with a list `decoding`; default: none."
+        ),
+    ] = "none",
+    prompt: Annotated[
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="A prompt to complete; may be repeated.")
+    ] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE", help="JSON lines or Parquet: a column prompt, and what the rewards read."
+        ),
+    ] = None,
+    recipe_data: Annotated[bool, typer.Option("--recipe-data", help="The recipe's held-out rows.")] = False,
+    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Only the first rows of FILE or recipe.")] = None,
+    chat: AsChat = False,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", help="0 is greedy; default: the recipe's, else 1.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option("--top-p", help="Default: the recipe's, else 1.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", help="0 is no limit; default: the recipe's, else 0.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="Longest completion; default: the recipe's, else 256.")
+    ] = None,
+    num_samples: Annotated[
+        int | None, typer.Option("--num-samples", metavar="N", help="Completions per prompt; default 1.")
+    ] = None,
+    best_of: Annotated[
+        int | None, typer.Option("--best-of", metavar="N", help="Of N completions choose that of the highest reward.")
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--reward",
+            metavar="NAME|FILE.py:FUNCTION",
+            help="Score by it; may be repeated; default: the recipe's rewards with --best-of and --recipe-data.",
+        ),
+    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; default 0.")] = None,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Completions generated at once.")] = 16,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the files.")] = Path("generate"),
+    dtype: WeightType = "float32",
+) -> None:
+    """Complete prompts with a recipe's decoding methods: text, and log-probability, temperature and wave per token."""
+    from rltok.generate import GenerateOptions, run_generate
+
+    options = GenerateOptions(
+        checkpoint=checkpoint,
+        decoding=decoding,
+        overrides=tuple(overrides or ()),
+        prompts=tuple(prompt or ()),
+        prompts_file=prompts,
+        recipe_data=recipe_data,
+        rows=rows,
+        chat=chat,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_new_tokens=max_new_tokens,
+        num_samples=num_samples,
+        best_of=best_of,
+        rewards=tuple(reward or ()),
+        seed=seed,
+        batch_size=batch_size,
+        out=out,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_generate(options, console))
+
+
+@app.command()
 def heads(
     checkpoint: Probed,
     completions: Annotated[Path, COMPLETIONS],
@@ -282,14 +358,74 @@ def heads(
 
 
 @app.command()
+def steer(
+    checkpoint: Probed,
+    triples: Annotated[
+        Path,
+        typer.Option(
+            "--triples", metavar="FILE", help="JSON lines or Parquet: columns prompt, preferred, dispreferred."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The safetensors file to write.")],
+    layers: Annotated[str, typer.Option("--layers", metavar="N,...", help="Decoder layers, from 0.")],
+    k: Annotated[int, typer.Option("--k", help="Tokens that are replaced per sequence.")] = 10,
+    mode: Annotated[
+        Literal["pos", "neg", "both", "abs", "random"],
+        typer.Option("--mode", help="Which tokens, by signed score; both: pos minus neg; random: the control."),
+    ] = "both",
+    method: Annotated[Literal["pca", "mean"], typer.Option("--method", help="Direction of the differences.")] = "pca",
+    steps: Annotated[int, typer.Option("--steps", help="Quadrature nodes of the attribution.")] = 20,
+    strength: Annotated[float, typer.Option("--strength", help="Factor of the vectors, kept in the file.")] = 40.0,
+    score: Annotated[
+        Literal["response", "last_token"],
+        typer.Option("--score", help="Log-probability of the response; last_token is that of the released code."),
+    ] = "response",
+    baseline: Annotated[
+        Literal["zero", "mean"],
+        typer.Option("--baseline", help="Embedding where attribution starts; mean (with --steps 50) is more exact."),
+    ] = "zero",
+    protect_special: Annotated[bool, typer.Option("--protect-special", help="Never replace special tokens.")] = False,
+    ablate_with: Annotated[Literal["pad", "unk"], typer.Option("--ablate-with", help="The replacement.")] = "pad",
+    seed: Annotated[int, typer.Option("--seed", help="Of mode random.")] = 0,
+    rows: FirstRows = None,
+    chat: AsChat = False,
+    dtype: WeightType = "float32",
+) -> None:
+    """Steering vectors (GrAInS) of a model, from preferred and dispreferred responses."""
+    from rltok.steer import SteerOptions, parse_layers, run_steer
+    from rltok.steering import ContrastOptions
+
+    try:
+        contrast = ContrastOptions(k, mode, steps, score, baseline, protect_special, ablate_with, seed)
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    options = SteerOptions(
+        checkpoint=checkpoint,
+        triples=triples,
+        out=out,
+        layers=parse_layers(layers),
+        contrast=contrast,
+        method=method,
+        strength=strength,
+        rows=rows,
+        chat=chat,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_steer(options, console))
+
+
+@app.command()
 def methods() -> None:
     """Every method of the four doors and every reward, with options and defaults."""
+    from rltok.correction import CorrectionConfig
     from rltok.credit import CREDIT
     from rltok.objective import OBJECTIVE
     from rltok.rewards import REWARDS
-    from rltok.rollout import RolloutConfig
+    from rltok.rollout import DynamicSamplingConfig, RolloutConfig
     from rltok.sampling import DECODING
     from rltok.selection import SELECTION
+    from rltok.selection.prompts import PromptSkippingConfig
+    from rltok.steering import SteeringConfig
 
     doors: dict[str, Mapping[str, Any]] = {
         "credit: {type: ...}": CREDIT,
@@ -306,7 +442,15 @@ def methods() -> None:
         for name, cls in registry.items():
             table.add_row(name, Text(first_line(cls)), Text(_options(cls)))
         console.print(table)
-    console.print(Text(f"rollout: {_options(RolloutConfig, skip=('decoding',))}"))
+    sections = {
+        "steering": SteeringConfig,
+        "correction": CorrectionConfig,
+        "dynamic_sampling": DynamicSamplingConfig,
+        "prompt_skipping": PromptSkippingConfig,
+    }
+    console.print(Text(f"rollout: {_options(RolloutConfig, skip=('decoding', *sections))}"))
+    for name, cls in sections.items():
+        console.print(Text(f"rollout.{name}: {_options(cls)}"))
     console.print("training: every field of TRL's GRPOConfig, such as loss_type, epsilon, epsilon_high, delta")
 
 

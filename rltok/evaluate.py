@@ -1,7 +1,8 @@
 """Held-out accuracy of a policy: generate in batches, score with the recipe's reward functions.
 
 Greedy or sampled; the random state of the caller and the model's mode are as before afterwards, so that a run that
-evaluates before training trains exactly like one that does not.
+evaluates before training trains exactly like one that does not. Decoding methods and steering vectors act only if
+they are given: those of a recipe's rollouts are not.
 """
 
 from __future__ import annotations
@@ -10,17 +11,28 @@ import asyncio
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from rltok.entropy import EntropyStats
+from rltok.sampling import (
+    DecodingContext,
+    DecodingModule,
+    RolloutProcessor,
+    SampledLogps,
+    make_processors,
+    sampling_control,
+)
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rltok.rewards import RewardSet
+    from rltok.steering import SteeringConfig
 
 
 @dataclass(frozen=True)
@@ -48,6 +60,9 @@ def evaluate(
     autocast: torch.dtype | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     on_batch: Callable[[int], None] | None = None,
+    decoding: Sequence[DecodingModule] = (),
+    steering: SteeringConfig | None = None,
+    entropy_stats: EntropyStats | None = None,
 ) -> Evaluation:
     """Mean rewards of a policy's completions.
 
@@ -58,26 +73,63 @@ def evaluate(
         seed: of the sampling; with `temperature=0` it changes nothing.
         autocast: compute in this dtype; None computes in the weights' dtype.
         on_batch: called after every batch with the number of completions it made.
+        decoding: methods that act on the logits; none is plain `generate`, bit for bit.
+        steering: vectors that are added to hidden states while completions are made.
+        entropy_stats: for adaptive temperature, which does nothing to greedy decoding (`rltok.sampler_stats`).
 
     Raises:
-        ValueError: the data set is empty.
+        ValueError: the data set is empty, the tokenizer lacks what a decoding method names, or statistics are missing.
     """
     rows = [dict(row) for row in dataset for _ in range(num_samples)]
     if not rows:
         raise ValueError("there is no held-out row to evaluate; set data.heldout_size >= 1 or evaluation.before=false")
-    prompts = [_tokenize(tokenizer, row["prompt"], chat_template_kwargs or {}) for row in rows]
+    context = decoding_context(decoding, tokenizer, temperature, entropy_stats, end_ids(model, tokenizer))
+    prompts = [tokenize_prompt(tokenizer, row["prompt"], chat_template_kwargs or {}) for row in rows]
     ids: list[list[int]] = [[] for _ in rows]
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]), reverse=True)
-    with isolated_rng(seed), _evaluating(model), _autocast(model, autocast), torch.no_grad():
+    with isolated_rng(seed), inference(model, steering, autocast):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            outputs = generate_batch(model, tokenizer, [prompts[i] for i in chosen], max_new_tokens, temperature, top_p)
+            outputs = generate_batch(
+                model,
+                tokenizer,
+                [prompts[i] for i in chosen],
+                max_new_tokens,
+                temperature,
+                top_p,
+                processors=make_processors(decoding, context),
+            )
             for i, output in zip(chosen, outputs, strict=True):
                 ids[i] = output
             if on_batch is not None:
                 on_batch(len(chosen))
         scores = score(rows, tokenizer, ids, rewards)
-    return _collect(rows, tokenizer, ids, scores, num_samples, set(_end_ids(model, tokenizer)))
+    return _collect(rows, tokenizer, ids, scores, num_samples, set(end_ids(model, tokenizer)))
+
+
+def decoding_context(
+    decoding: Sequence[DecodingModule],
+    tokenizer: PreTrainedTokenizerBase,
+    temperature: float,
+    entropy_stats: EntropyStats | None = None,
+    eos_ids: Sequence[int] | None = None,
+) -> DecodingContext:
+    """What the processors of a `generate_batch` call are made from; greedy decoding counts as temperature 1.
+
+    `eos_ids` are all tokens that end a completion (`end_ids`); None: the tokenizer's.
+
+    Raises:
+        ValueError: a method needs statistics of the entropy, and there are none.
+    """
+    if temperature > 0 and entropy_stats is None and needs_entropy_stats(decoding):
+        raise ValueError("the temperature adapts to statistics of the entropy: give entropy_stats (calibrate_entropy)")
+    ends = None if eos_ids is None else tuple(eos_ids)
+    return DecodingContext(temperature or 1.0, entropy_stats if temperature > 0 else None, tokenizer, ends)
+
+
+def needs_entropy_stats(decoding: Sequence[DecodingModule]) -> bool:
+    """True if an active method reads statistics of the entropy."""
+    return any("entropy_stats" in module.needs for module in decoding if not module.is_neutral)
 
 
 def score(
@@ -137,6 +189,19 @@ async def _wait(values: Any) -> Any:
 
 
 @contextmanager
+def inference(
+    model: PreTrainedModel, steering: SteeringConfig | None = None, autocast: torch.dtype | None = None
+) -> Iterator[None]:
+    """Evaluation mode without gradients, steered if that is asked for; the model is as before afterwards."""
+    with _evaluating(model), _autocast(model, autocast), torch.no_grad(), _steered(model, steering):
+        yield
+
+
+def _steered(model: PreTrainedModel, steering: SteeringConfig | None) -> AbstractContextManager[Any]:
+    return nullcontext() if steering is None or steering.is_neutral else steering.attach(model)
+
+
+@contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
     was_training = model.training
     model.eval()
@@ -150,7 +215,10 @@ def _autocast(model: PreTrainedModel, dtype: torch.dtype | None) -> Any:
     return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype)
 
 
-def _tokenize(tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]) -> list[int]:
+def tokenize_prompt(
+    tokenizer: PreTrainedTokenizerBase, prompt: Any, chat_template_kwargs: Mapping[str, Any]
+) -> list[int]:
+    """Ids of a prompt: text, or a conversation by the chat template with the assistant's turn opened."""
     if isinstance(prompt, str):
         return tokenizer(prompt)["input_ids"]
     text = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=False, **chat_template_kwargs)
@@ -164,8 +232,18 @@ def generate_batch(
     max_new_tokens: int,
     temperature: float,
     top_p: float,
+    top_k: int = 0,
+    processors: Sequence[RolloutProcessor] = (),
+    recorder: SampledLogps | None = None,
 ) -> list[list[int]]:
-    """Completion ids, each up to and with its end-of-sequence token."""
+    """Completion ids, each up to and with its end-of-sequence token.
+
+    Args:
+        temperature: 0 decodes greedily.
+        top_k: 0 is no limit.
+        processors: act on the logits before the temperature; none is plain `generate`.
+        recorder: to be read with `finish` afterwards.
+    """
     from transformers import GenerationConfig
 
     padded = tokenizer.pad({"input_ids": prompts}, padding=True, padding_side="left", return_tensors="pt")
@@ -177,20 +255,22 @@ def generate_batch(
         do_sample=sampling,
         temperature=temperature if sampling else 1.0,
         top_p=top_p if sampling else 1.0,
-        top_k=0 if sampling else 50,
+        top_k=top_k if sampling else 50,
         repetition_penalty=1.0,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=_end_ids(model, tokenizer),
+        eos_token_id=end_ids(model, tokenizer),
         use_cache=True,
     )
-    output = model.generate(**inputs, generation_config=config)  # (batch, prompt + completion)
+    controls = bool(processors) or recorder is not None
+    with sampling_control(model, processors, recorder) if controls else nullcontext():
+        output = model.generate(**inputs, generation_config=config)  # (batch, prompt + completion)
     completions = output[:, inputs["input_ids"].size(1) :].tolist()
     ends = set(config.eos_token_id)
     return [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids)) + 1] for ids in completions]
 
 
-def _end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion, as the trainer counts them: the tokenizer's and the model's own."""
     declared = model.generation_config.eos_token_id
     own = [declared] if isinstance(declared, int) else list(declared or ())

@@ -93,6 +93,10 @@ class EvaluationConfig:
     """completions per row; the accuracy is their mean"""
     seed: int = 0
     """of the sampling, apart from the training's"""
+    decoding: tuple[dict[str, Any], ...] = ()
+    """decoding methods, as in rollout.decoding, which evaluation never reads"""
+    steering: dict[str, Any] | None = None
+    """steering vectors, such as {path: FILE}; None evaluates the bare policy"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_samples"):
@@ -172,6 +176,40 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values, marks = merged(recipe, overrides)
     try:
         return _recipe(values)
+    except ConfigError as error:
+        raise _located(error, marks) from error
+
+
+@dataclass(frozen=True)
+class DecodingRecipe:
+    """How completions are made, by a recipe."""
+
+    decoding: list[dict[str, Any]] = field(default_factory=list)
+    """decoding methods as plain values, defaults filled in"""
+    steering: dict[str, Any] | None = None
+    """steering vectors likewise"""
+    recipe: Recipe | None = None
+    """the whole recipe; None for a file of decoding methods alone"""
+
+
+def load_decoding(recipe: str | Path, overrides: Sequence[str] = ()) -> DecodingRecipe:
+    """Decoding of a recipe's rollouts, or of a YAML file that holds nothing but `decoding:` and `steering:`.
+
+    Raises:
+        ConfigError: as `load_recipe`.
+    """
+    if not {"decoding", "steering"} & merged(recipe)[0].keys():  # neither is a section of a whole recipe
+        loaded = load_recipe(recipe, overrides)
+        rollout = loaded.rollout or {}
+        return DecodingRecipe(rollout.get("decoding") or [], rollout.get("steering"), loaded)
+    values, marks = merged(recipe, overrides)
+    try:
+        check_keys(values, ("name", "decoding", "steering"), "")
+        steering = values.get("steering")
+        return DecodingRecipe(
+            filled_decoding(values.get("decoding"), "decoding"),
+            None if steering is None else filled_steering(steering, "steering"),
+        )
     except ConfigError as error:
         raise _located(error, marks) from error
 
@@ -384,6 +422,10 @@ def _anchor_paths(layer: Mapping[str, Any], folder: Path) -> None:
         for key in keys:
             if isinstance(block, dict) and isinstance(block.get(key), str):
                 block[key] = _anchor(block[key], folder, always=section == "data")
+    for owner in (layer, layer.get("rollout"), layer.get("evaluation")):
+        steering = owner.get("steering") if isinstance(owner, dict) else None
+        if isinstance(steering, dict) and isinstance(steering.get("path"), str):
+            steering["path"] = _anchor(steering["path"], folder, always=True)
     rewards = layer.get("rewards")
     for options in rewards.values() if isinstance(rewards, dict) else []:
         if isinstance(options, dict) and "function" in options:
@@ -430,7 +472,7 @@ def _recipe(values: dict[str, Any]) -> Recipe:
         **plain,
         model=build(ModelConfig, without_nulls(ModelConfig, values.get("model")), "model"),
         training=_check_training(values.get("training", {})),
-        evaluation=build(EvaluationConfig, without_nulls(EvaluationConfig, values.get("evaluation")), "evaluation"),
+        evaluation=_check_evaluation(values.get("evaluation") or {}),
         report=build(ReportConfig, without_nulls(ReportConfig, values.get("report")), "report"),
         **_check_doors(values),
         data=_check_data(values),
@@ -489,18 +531,62 @@ def _check_doors(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_rollout(values: Any) -> dict[str, Any]:
     from rltok.rollout import RolloutConfig, build_rollout
+
+    decoding: list[dict[str, Any]] = []
+    if isinstance(values, dict):
+        decoding = filled_decoding(values.get("decoding"), "rollout.decoding")
+        values = without_nulls(RolloutConfig, values) | {"decoding": decoding}
+    return _plain(build_rollout(values)) | {"decoding": decoding}
+
+
+def _check_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
+    values = without_nulls(EvaluationConfig, values)
+    if "decoding" in values:
+        values["decoding"] = filled_decoding(values["decoding"], "evaluation.decoding")
+    if values.get("steering") is not None:
+        values["steering"] = filled_steering(values["steering"], "evaluation.steering")
+    return build(EvaluationConfig, values, "evaluation")
+
+
+def filled_decoding(items: Any, path: str) -> list[dict[str, Any]]:
+    """A list of decoding methods with their defaults filled in, as plain values.
+
+    Raises:
+        ConfigError: no list, unknown key or type, a wrong value, or a method listed twice.
+    """
+    from rltok.rollout import build_decoding, check_decoding
     from rltok.sampling import DECODING
 
-    values = without_nulls(RolloutConfig, values) if isinstance(values, dict) else values
-    plain = _plain(build_rollout(values))
-    items = values.get("decoding") or []
-    return plain | {"decoding": [_filled(DECODING, item, f"rollout.decoding[{i}]") for i, item in enumerate(items)]}
+    if isinstance(items, list | tuple):
+        items = [_without_null_options(DECODING, item, f"{path}[{i}]") for i, item in enumerate(items)]
+    modules = build_decoding(items, path)
+    try:
+        check_decoding(modules)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {str(error).removeprefix('decoding ')}", path) from error
+    return [{"type": item["type"], **_plain(module)} for item, module in zip(items or (), modules, strict=True)]
+
+
+def filled_steering(section: Any, path: str) -> dict[str, Any]:
+    """Settings of steering vectors with the defaults filled in, as plain values.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
+    from rltok.steering import SteeringConfig
+
+    values = without_nulls(SteeringConfig, section) if isinstance(section, Mapping) else section
+    return _plain(build(SteeringConfig, values, path))
 
 
 def _filled(registry: Mapping[str, type], values: Any, path: str) -> dict[str, Any]:
-    cls = lookup_type(registry, values, path)
-    values = {"type": values["type"], **without_nulls(cls, {k: v for k, v in values.items() if k != "type"})}
+    values = _without_null_options(registry, values, path)
     return {"type": values["type"], **_plain(build_typed(registry, values, path))}
+
+
+def _without_null_options(registry: Mapping[str, type], values: Any, path: str) -> dict[str, Any]:
+    cls = lookup_type(registry, values, path)
+    return {"type": values["type"], **without_nulls(cls, {k: v for k, v in values.items() if k != "type"})}
 
 
 def _check_data(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,16 +36,21 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
 from rltok.config import ConfigError
-from rltok.evaluate import Evaluation, evaluate, join_evaluations
+from rltok.evaluate import Evaluation, decoding_context, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
 from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
+from rltok.rollout import build_decoding
+from rltok.sampler_stats import SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
+from rltok.sampling import DecodingModule, make_processors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
+    from rltok.entropy import EntropyStats, Gather
     from rltok.rewards import RewardSet
+    from rltok.steering import SteeringConfig
     from rltok.trainers import CreditConfig
 
 Moment = Literal["before", "after"]
@@ -245,7 +250,9 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     _set_tracker_environment(recipe, run)
     set_seed(recipe.seed)
     splits = load_data(build(DataConfig, recipe.data, "data"), recipe.seed)
-    model, tokenizer = load_model(recipe.model), load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model)
+    check_evaluation(recipe, tokenizer)
+    model = load_model(recipe.model)
     display = ProgressDisplay(console, recipe.report.progress)
     metrics = MetricsFile(run)
     trainer = CreditTrainer(
@@ -335,22 +342,36 @@ class HeldOut:
 
     def evaluate(self, moment: Moment) -> None:
         """Evaluate the policy and write means and rows; every rank takes its share of the rows."""
+        from rltok.trainers.distributed import RaggedGather
+
         accelerator = self.trainer.accelerator
         rows = [self.rows[i] for i in range(held_out_rows(self.recipe, self.rows))]
         rank, ranks = accelerator.process_index, accelerator.num_processes
         mine = list(range(rank, len(rows), ranks))
         settings = self.recipe.evaluation
+        model = accelerator.unwrap_model(self.trainer.model)
+        stats = evaluation_entropy(
+            self.recipe,
+            model,
+            self.tokenizer,
+            [rows[i] for i in mine],
+            self.console,
+            saved=self._rollout_stats(),
+            rank=rank,
+            gather=RaggedGather(accelerator),
+        )
         parts = []
         with EvaluationBar(
             self.console, f"evaluation {moment}", len(mine) * settings.num_samples, self.recipe.report.progress
         ) as bar:
             if mine:
                 found = evaluate(
-                    accelerator.unwrap_model(self.trainer.model),
+                    model,
                     self.tokenizer,
                     [rows[i] for i in mine],
                     self.rewards,
                     **evaluation_options(self.recipe, rank),
+                    entropy_stats=stats,
                     on_batch=bar,
                 )
                 local = [row | {"row": mine[row["row"]]} for row in found.rows]
@@ -359,6 +380,10 @@ class HeldOut:
         if accelerator.is_main_process:
             write_evaluation(join_evaluations(parts), self.run, moment)
 
+    def _rollout_stats(self) -> SavedStats | None:
+        stats = self.trainer._sampler_stats
+        return None if stats is None else SavedStats(stats, "the last rollout", stats_settings(self.recipe.resolved()))
+
 
 def held_out_rows(recipe: Recipe, rows: Sequence[Any]) -> int:
     """Number of held-out rows that a recipe evaluates."""
@@ -366,7 +391,7 @@ def held_out_rows(recipe: Recipe, rows: Sequence[Any]) -> int:
 
 
 def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `evaluate` for a recipe."""
+    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding` and `rollout.steering` are not among them."""
     settings, training = recipe.evaluation, recipe.training
     half = torch.bfloat16 if training.get("bf16") else torch.float16 if training.get("fp16") else None
     return {
@@ -378,7 +403,81 @@ def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
         "seed": settings.seed + rank,
         "autocast": half if recipe.model.dtype == "float32" else None,
         "chat_template_kwargs": training.get("chat_template_kwargs"),
+        "decoding": build_decoding(settings.decoding, "evaluation.decoding"),
+        "steering": build_steering(settings.steering, "evaluation.steering"),
     }
+
+
+def build_steering(section: Mapping[str, Any] | None, path: str) -> SteeringConfig | None:
+    """Steering vectors of a recipe section, None for none.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
+    if section is None:
+        return None
+    from rltok.config import build
+    from rltok.steering import SteeringConfig
+
+    return build(SteeringConfig, section, path)
+
+
+def check_evaluation(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse what an evaluation after hours of training would stumble over.
+
+    Raises:
+        ConfigError: words that the tokenizer lacks, or no file of steering vectors.
+    """
+    options = evaluation_options(recipe)
+    check_words(options["decoding"], tokenizer, "evaluation.decoding")
+    check_vectors(options["steering"], "evaluation.steering")
+
+
+def check_words(decoding: Sequence[DecodingModule], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Raise ConfigError where the tokenizer lacks words or marks of a decoding method."""
+    try:
+        make_processors(decoding, decoding_context(decoding, tokenizer, 0.0))
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}", where) from error
+
+
+def check_vectors(steering: SteeringConfig | None, where: str) -> None:
+    """Raise ConfigError where there are no steering vectors to read."""
+    if steering is None or steering.is_neutral:
+        return
+    from rltok.steering import load_vectors
+
+    try:
+        load_vectors(steering.path)
+    except ValueError as error:
+        raise ConfigError(f"{where}.path: {error}", f"{where}.path") from error
+
+
+def evaluation_entropy(
+    recipe: Recipe,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Mapping[str, Any]],
+    console: Console,
+    *,
+    saved: SavedStats | None,
+    rank: int = 0,
+    gather: Gather | None = None,
+) -> EntropyStats | None:
+    """Statistics for the adaptive temperature of `evaluation.decoding`, None where it needs none."""
+    options = evaluation_options(recipe, rank)
+    template = options.pop("chat_template_kwargs") or {}
+    samples = options.pop("num_samples")
+    first = [row for row in rows for _ in range(samples)][: options.pop("batch_size")]
+    return calibrate_entropy(
+        model,
+        tokenizer,
+        [tokenize_prompt(tokenizer, row["prompt"], template) for row in first],
+        saved=saved,
+        gather=gather,
+        say=lambda line: console.print(line, highlight=False, soft_wrap=True),
+        **options,
+    )
 
 
 def write_evaluation(evaluation: Evaluation, run: RunDirectory, moment: Moment) -> None:
@@ -399,11 +498,15 @@ def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
     rewards = build_rewards(recipe.rewards)
     splits = load_data(build(DataConfig, recipe.data, "data"), recipe.seed)
     tokenizer = load_tokenizer(recipe.model)
+    check_evaluation(recipe, tokenizer)
     model = load_model(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
     rows = [splits.heldout[i] for i in range(held_out_rows(recipe, splits.heldout))]
     total = len(rows) * recipe.evaluation.num_samples
+    saved = checkpoint_stats(recipe.model.path)
+    options = evaluation_options(recipe)
+    stats = evaluation_entropy(recipe, model, tokenizer, rows, console, saved=saved)
     with EvaluationBar(console, "evaluation", total, recipe.report.progress) as bar:
-        return evaluate(model, tokenizer, rows, rewards, **evaluation_options(recipe), on_batch=bar)
+        return evaluate(model, tokenizer, rows, rewards, **options, entropy_stats=stats, on_batch=bar)
 
 
 # Callbacks
@@ -426,7 +529,7 @@ class MetricsFile(TrainerCallback):
         self._before = kept[-1]["seconds"] if kept else 0.0
         self._resumed = time.monotonic()
         if state.is_world_process_zero:
-            write_atomically(self.run.metrics, "".join(_json_line(line) for line in kept))
+            write_atomically(self.run.metrics, "".join(json_line(line) for line in kept))
 
     def on_log(
         self,
@@ -440,7 +543,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         with self.run.metrics.open("a", encoding="utf-8") as file:
-            file.write(_json_line({"step": state.global_step, "seconds": round(self.seconds, 3), **logs}))
+            file.write(json_line({"step": state.global_step, "seconds": round(self.seconds, 3), **logs}))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -612,7 +715,8 @@ def write_atomically(path: Path, text: str) -> None:
     draft.replace(path)
 
 
-def _json_line(values: Mapping[str, Any]) -> str:
+def json_line(values: Mapping[str, Any]) -> str:
+    """A line of a JSON-lines file; NaN and infinity become null."""
     return json.dumps(_finite(values)) + "\n"
 
 
