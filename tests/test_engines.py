@@ -342,8 +342,9 @@ def test_steering_alone_brings_the_correction_and_strength_0_is_plain(tmp_path, 
 
 def test_steering_that_cannot_work_is_refused_at_construction(tmp_path, vectors):
     steering = {"steering": {"path": str(vectors)}}
-    with pytest.raises(ConfigError, match="rollout.steering .*vllm_colocate.*Use transformers"):
-        check([], steering, **VLLM)
+    with pytest.raises(ConfigError, match="rollout.steering .*vllm_server. Use vllm_colocate .*transformers"):
+        check([], steering, use_vllm=True, vllm_mode="server")
+    assert check([], steering, **VLLM) == "vllm_colocate"
     with pytest.raises(ConfigError, match="missing.safetensors"):
         make(tmp_path, rollout={"steering": {"path": "missing.safetensors"}})
     with pytest.raises(ConfigError, match="hidden size 32, the model has 16"):

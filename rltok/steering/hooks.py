@@ -10,7 +10,8 @@ position, so what they hold changes nothing. The computation is float32 whatever
 Steered prompts make steered keys and values: a cache of prefixes must not be shared with requests that are not steered.
 Decoding that runs captured graphs or compiled code may pass the hooks by; use eager forward passes.
 Source: arXiv 2507.18043. Its released code takes the norm over positions per feature, which in cached decoding leaves
-sign(h') |h|; ours is the paper's norm per token. Left out: vLLM, whose layers hand on hidden states and residual apart.
+sign(h') |h|; ours is the paper's norm per token. vLLM's layers hand on hidden states and residual apart; their sum is
+steered (`steered_modules`).
 """
 
 from __future__ import annotations
@@ -106,11 +107,18 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
         ValueError: there is no list of as many modules as the configuration has layers.
     """
     core = language_model(model)
-    expected = text_config(core).num_hidden_layers
-    decoder = core.get_decoder()
-    lists = [(name, m) for name, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
+    return layer_list(core.get_decoder(), text_config(core).num_hidden_layers)
+
+
+def layer_list(module: nn.Module, expected: int) -> nn.ModuleList:
+    """The outermost list of `expected` modules inside a module.
+
+    Raises:
+        ValueError: there is none.
+    """
+    lists = [(name, m) for name, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m) == expected]
     if not lists:
-        raise ValueError(f"{type(core).__name__} has no list of {expected} decoder layers, so it cannot be steered")
+        raise ValueError(f"{type(module).__name__} has no list of {expected} decoder layers, so it cannot be steered")
     return min(lists, key=lambda pair: pair[0].count("."))[1]  # lists inside a layer, such as experts, lie deeper
 
 
@@ -145,13 +153,17 @@ class Steering:
             found |= {f"steering/shift_layer_{layer}": shift for layer, shift in sorted(shifts.items())}
         return found
 
-    def _register(self, layer: int, module: nn.Module, vector: SteeringVector) -> RemovableHandle:
+    def _register(
+        self, layer: int, module: nn.Module, vector: SteeringVector, splits_residual: bool
+    ) -> RemovableHandle:
         device = next((p.device for p in module.parameters()), vector.vector.device)
         shifts = {device: vector.strength * _at_least_float32(vector.vector.detach()).to(device)}
         self._sizes[layer] = float(shifts[device].norm())
 
         def hook(_: nn.Module, __: Any, output: Any) -> Any:
             hidden = output[0] if isinstance(output, tuple) else output
+            if splits_residual:
+                hidden = hidden + output[1]
             if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
                 raise TypeError(
                     f"layer {layer} returns {type(hidden).__name__}, not hidden states: it cannot be steered"
@@ -160,6 +172,8 @@ class Steering:
                 shifts[hidden.device] = shifts[device].to(hidden.device)
             moved, norm = _moved(hidden, shifts[hidden.device], vector.normalize)
             self._add(layer, norm.detach())
+            if splits_residual:
+                return (moved - output[1], *output[1:])
             return (moved, *output[1:]) if isinstance(output, tuple) else moved
 
         return module.register_forward_hook(hook)
@@ -192,19 +206,33 @@ def steered(model: nn.Module, vectors: Sequence[SteeringVector]) -> Iterator[Ste
             another size than the hidden states.
     """
     check_fit(model, vectors)
+    with steered_modules(decoder_layers(model), vectors) as state:
+        yield state
+
+
+@contextmanager
+def steered_modules(
+    layers: nn.ModuleList, vectors: Sequence[SteeringVector], splits_residual: bool = False
+) -> Iterator[Steering]:
+    """`steered` for a list of decoder layers.
+
+    Args:
+        layers: all decoder layers, in order.
+        vectors: those of strength 0 put no hook anywhere.
+        splits_residual: a layer returns (hidden, residual), of which the sum is steered, as vLLM's do.
+
+    Raises:
+        ValueError: a layer that is steered already.
+    """
     active = [vector for vector in vectors if vector.strength != 0]
     state = Steering()
-    if not active:
-        yield state
-        return
-    layers = decoder_layers(model)
     taken = [vector.layer for vector in active if layers[vector.layer] in _STEERED]
     if taken:
         raise ValueError(f"layers {taken} are steered already: pass all vectors to one `steered` block")
     handles: list[RemovableHandle] = []
     try:
         for vector in active:
-            handles.append(state._register(vector.layer, layers[vector.layer], vector))
+            handles.append(state._register(vector.layer, layers[vector.layer], vector, splits_residual))
             _STEERED.add(layers[vector.layer])
         yield state
     finally:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -46,7 +45,7 @@ from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_r
 from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, RolloutState, loss_mask, multimodal, sequence
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
-from rltok.trainers.engines import built_with, check_built, controlled
+from rltok.trainers.engines import built_with, check_built, controlled, steered_rollout
 from rltok.trainers.loss import ComposedLoss, loss_settings
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
@@ -163,8 +162,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         if not self.model.training or not (rollout.records_logps or rollout.modifies_sampler):
             return super()._generate_single_turn(*args, **kwargs)
         processors = make_processors(rollout.decoding, self._decoding_context(self._sampler_stats))
-        steering = nullcontext() if rollout.steering is None else rollout.steering.attach(self._causal_lm)
-        with steering as steered, controlled(self, processors, rollout.records_logps) as finish:
+        with steered_rollout(self) as steered, controlled(self, processors, rollout.records_logps) as finish:
             completion_ids, logps, *rest = super()._generate_single_turn(*args, **kwargs)
         logps = finish(completion_ids, logps)
         if steered is not None:

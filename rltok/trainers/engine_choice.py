@@ -74,10 +74,10 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
                 f"rollout.decoding: {type(module).__name__} does not run on the engine {engine}. Use one of "
                 f"{', '.join(module.engines)} ({_settings_of(module.engines[0])})."
             )
-    if args.use_vllm and rollout.steers:
+    if engine == "vllm_server" and rollout.steers:
         raise ConfigError(
             f"rollout.steering moves hidden states through hooks, which do not reach the engine {engine}. Use "
-            f"transformers ({_settings_of('transformers')}) or continuous_batching."
+            f"vllm_colocate ({_settings_of('vllm_colocate')}) or transformers ({_settings_of('transformers')})."
         )
     if args.use_vllm and rollout.decodes and rollout.resolved_correction.mode == "off":
         mode = args.vllm_importance_sampling_mode

@@ -22,6 +22,7 @@ from rltok.config import ConfigError
 from rltok.rollout import RolloutConfig
 from rltok.sampling import RolloutProcessor, SampledLogps, sampling_control
 from rltok.sampling.serial import encode
+from rltok.steering import Steering, decoder_layers
 from rltok.trainers.engine_choice import engine_of
 
 if TYPE_CHECKING:
@@ -32,12 +33,12 @@ Finish = Callable[[Sequence[Sequence[int]], Any], Any]
 
 
 def built_with(rollout: RolloutConfig, args: GRPOConfig | None) -> AbstractContextManager[None]:
-    """Around the construction of TRL's trainer: an engine in this process is built with our processors."""
-    if args is None or engine_of(args) != "vllm_colocate" or not rollout.decodes:
+    """Around the construction of TRL's trainer: an engine in this process is built with what we need of it."""
+    if args is None or engine_of(args) != "vllm_colocate" or not (rollout.decodes or rollout.steers):
         return nullcontext()
     from rltok.trainers.vllm import engine_with_processors
 
-    return engine_with_processors(args)
+    return engine_with_processors(args, eager=rollout.steers)
 
 
 def check_built(trainer: DoorTrainer) -> None:
@@ -96,6 +97,19 @@ def _check_server(trainer: DoorTrainer) -> None:
     (message,) = broadcast_object_list(problem)  # every rank stops, or none
     if message is not None:
         raise ConfigError(message)
+
+
+def steered_rollout(trainer: DoorTrainer) -> AbstractContextManager[Steering | None]:
+    """Around one generation of TRL's: the model that samples is steered."""
+    steering = trainer.doors.rollout.steering
+    if steering is None or steering.is_neutral:
+        return nullcontext()
+    if engine_of(trainer.args) != "vllm_colocate":
+        return steering.attach(trainer._causal_lm)
+    from rltok.trainers.vllm import steered_engine
+
+    layers = decoder_layers(trainer._causal_lm)
+    return steered_engine(trainer.vllm_generation, steering.load(trainer._causal_lm), len(layers))
 
 
 @contextmanager

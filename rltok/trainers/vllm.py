@@ -1,6 +1,7 @@
 """Decoding processors on vLLM, as TRL drives it: colocated with the trainer, or as a server.
 
     engine_with_processors    colocated: TRL's engine is built with `rltok.sampling.vllm_processor`
+    steered_engine            colocated: hidden states inside the engine are moved during one generation
     probe_server              server: proves that it was started with it
     decoding_parameters       both: the processors of one generation, as a request parameter
 
@@ -21,6 +22,7 @@ from trl.generation import vllm_generation as trl_generation
 from rltok.config import ConfigError
 from rltok.sampling import RolloutProcessor
 from rltok.sampling.serial import KEY, encode
+from rltok.steering.hooks import Steering, SteeringVector, layer_list, steered_modules
 
 logger = logging.getLogger(__name__)
 
@@ -33,8 +35,10 @@ PARAMETER = {"colocate": "extra_args", "server": "vllm_xargs"}
 
 
 @contextmanager
-def engine_with_processors(args: GRPOConfig) -> Iterator[None]:
+def engine_with_processors(args: GRPOConfig, eager: bool = False) -> Iterator[None]:
     """Let the engine that TRL builds inside the block load `VLLMDecoding`; nothing stays replaced afterwards.
+
+    `eager` builds it without captured graphs, which would pass steering hooks by.
 
     Unless the environment has decided, vLLM's V1 model runner is chosen (for the process): the V2 interface is served,
     but has not been run on a GPU.
@@ -57,6 +61,8 @@ def engine_with_processors(args: GRPOConfig) -> Iterator[None]:
 
     def with_processors(*arguments: Any, **settings: Any) -> Any:
         others = settings.pop("logits_processors", None) or []
+        if eager:
+            settings["enforce_eager"] = True
         built.append(original(*arguments, logits_processors=[*others, PROCESSOR], **settings))
         return built[-1]
 
@@ -126,6 +132,37 @@ def with_decoding(generation_kwargs: Mapping[str, Any] | None, mode: str, text: 
             f"training.generation_kwargs.{parameter} sets {KEY!r}, which rollout.decoding sets. Remove it."
         )
     return given | {parameter: {**own, KEY: text}}
+
+
+@contextmanager
+def steered_engine(vllm_generation: Any, vectors: Sequence[SteeringVector], n_layers: int) -> Iterator[Steering]:
+    """Steer the colocated engine's model inside the block; its cache of prefixes is emptied before and after.
+
+    Args:
+        vllm_generation: TRL's, with an engine built eagerly (`engine_with_processors`).
+        vectors: at most one per layer; none leaves everything as it is.
+        n_layers: decoder layers of the model.
+
+    Raises:
+        ConfigError: the engine's model lies in another process.
+        ValueError: the engine's model has no such list of layers.
+    """
+    if not any(vector.strength for vector in vectors):
+        yield Steering()
+        return
+    engine, found = vllm_generation.llm, []
+    engine.apply_model(lambda model: found.append(layer_list(model, n_layers)))
+    if len(found) != 1:
+        raise ConfigError(
+            "rollout.steering: vLLM's model is not in this process, where hooks reach it. Set "
+            "VLLM_ENABLE_V1_MULTIPROCESSING=0, or training.use_vllm=false."
+        )
+    engine.reset_prefix_cache()
+    try:
+        with steered_modules(found[0], vectors, splits_residual=True) as state:
+            yield state
+    finally:
+        engine.reset_prefix_cache()
 
 
 def probe_server(vllm_generation: Any) -> None:
