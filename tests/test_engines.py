@@ -26,6 +26,10 @@ SWITCHING = {"type": "thought_switching", "words": ["4", "5"], "alpha": 1.0, "be
 SUPPRESSION = {"type": "reflection_suppression", "words": ["6"], "strength": 1.5, "variants": "bare"}
 FORCING = {"type": "budget_forcing", "min_tokens": 3, "max_tokens": 5, "ignore": 0, "wait_text": "w"}
 FORCING["final_text"] = "so"
+BATCHING = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 64},
+}
 TEMPERATURE = {"type": "adaptive_temperature", "tau": 0.5}
 ALL = [REFLEX, SWITCHING, SUPPRESSION, FORCING, TEMPERATURE]
 
@@ -82,7 +86,7 @@ def teacher_forced(trainer, stats, output, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_log_probabilities_are_those_of_the_processors(tmp_path, engine, temperature):
     decoding = [d for d in ALL if engine == "transformers" or d is not FORCING]
-    batching = {"use_transformers_continuous_batching": True} if engine == "continuous_batching" else {}
+    batching = BATCHING if engine == "continuous_batching" else {}
     trainer = make(tmp_path, decoding, temperature=temperature, learning_rate=0.0, max_steps=4, **batching)
     assert engine_of(trainer.args) == engine
     trainer.train()
@@ -315,7 +319,7 @@ def vectors(tmp_path):
 
 @pytest.mark.parametrize("engine", ["transformers", "continuous_batching"])
 def test_steered_rollouts_record_the_steered_log_probabilities(tmp_path, vectors, engine):
-    batching = {"use_transformers_continuous_batching": engine == "continuous_batching"}
+    batching = BATCHING if engine == "continuous_batching" else {}
     rollout = {"steering": {"path": str(vectors)}}
     trainer = make(tmp_path / "run", [REFLEX], rollout=rollout, learning_rate=0.0, max_steps=1, **batching)
     trainer.train()
