@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_settings
+from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_settings, teacher_forced
 from transformers import TemperatureLogitsWarper
 
 from rltok.config import ConfigError
@@ -61,24 +61,12 @@ def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
 
 
-def teacher_forced(trainer, stats, output, temperature):
+def recomputed(trainer, stats, output, temperature):
     """(B, T) log-probabilities of a rollout: the policy's logits through the same processors, step by step."""
-    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-    width, start = output["completion_ids"].size(1), output["prompt_ids"].size(1)
     context = DecodingContext(temperature, stats, trainer.processing_class)
     chain = [*make_processors(trainer.doors.rollout.decoding, context), TemperatureLogitsWarper(temperature)]
-    trainer.model.eval()
-    with torch.no_grad():
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = trainer.model(ids, attention_mask=mask, position_ids=positions).logits
+    logps = teacher_forced(trainer.model.eval(), output, chain)
     trainer.model.train()
-    logps = torch.zeros(ids.size(0), width)
-    for t in range(width):
-        scores = logits[:, start - 1 + t].clone()
-        for processor in chain:
-            scores = processor(ids[:, : start + t], scores)
-        logps[:, t] = scores.log_softmax(-1).gather(1, ids[:, start + t, None]).squeeze(1)
     return logps
 
 
@@ -93,7 +81,7 @@ def test_recorded_log_probabilities_are_those_of_the_processors(tmp_path, engine
     assert len(trainer.seen) == 2 and trainer.seen[0][0] is None and trainer.seen[1][0] is not None
     for stats, output in trainer.seen:
         mask = output["completion_mask"].bool()
-        expected = teacher_forced(trainer, stats, output, temperature)
+        expected = recomputed(trainer, stats, output, temperature)
         torch.testing.assert_close(output["sampling_per_token_logps"][mask], expected[mask], atol=1e-5, rtol=0)
     assert logged(trainer, "correction/max_abs_diff")[0] > 0.1
 
@@ -326,9 +314,9 @@ def test_steered_rollouts_record_the_steered_log_probabilities(tmp_path, vectors
     ((stats, output),) = trainer.seen
     mask = output["completion_mask"].bool()
     with trainer.doors.rollout.steering.attach(trainer.model):
-        expected = teacher_forced(trainer, stats, output, 1.0)
+        expected = recomputed(trainer, stats, output, 1.0)
     torch.testing.assert_close(output["sampling_per_token_logps"][mask], expected[mask], atol=1e-5, rtol=0)
-    unsteered = teacher_forced(trainer, stats, output, 1.0)
+    unsteered = recomputed(trainer, stats, output, 1.0)
     assert (unsteered - expected)[mask].abs().max() > 0.05
     assert logged(trainer, "rollout/steering/shift")[0] > 0.05
     assert not any(layer._forward_hooks for layer in decoder_layers(trainer.model))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from datasets import Dataset
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
@@ -101,3 +104,19 @@ def even_reward(completions: list[str], **_: object) -> list[float]:
 def even_length(completions: list[str], **_: object) -> list[float]:
     """0 or 1."""
     return [float(sum(c in "02468aeiou" for c in text) % 2) for text in completions]
+
+
+def teacher_forced(model: Any, output: dict[str, torch.Tensor], chain: Sequence[Any]) -> torch.Tensor:
+    """(B, T) log-probabilities of a rollout: a policy's logits through processors, one step after another."""
+    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
+    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
+    width, start = output["completion_ids"].size(1), output["prompt_ids"].size(1)
+    with torch.no_grad():
+        logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
+    logps = torch.zeros(ids.size(0), width)
+    for t in range(width):
+        scores = logits[:, start - 1 + t].clone()
+        for processor in chain:
+            scores = processor(ids[:, : start + t], scores)
+        logps[:, t] = scores.log_softmax(-1).gather(1, ids[:, start + t, None]).squeeze(1)
+    return logps

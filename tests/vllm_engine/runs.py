@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from tests_support import digit_dataset, even_reward, run_settings
+from tests_support import digit_dataset, even_reward, run_settings, teacher_forced
 from transformers import AutoModelForCausalLM, TemperatureLogitsWarper
 
 from rltok.sampling import DecodingContext, make_processors
@@ -50,22 +50,6 @@ def make(folder, path, tokenizer, decoding, rollout=None, **changes):
 
 def logged(trainer, key):
     return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def teacher_forced(model, output, chain):
-    """(B, T) log-probabilities of a rollout: a policy's logits through processors, one step after another."""
-    ids = torch.cat([output["prompt_ids"], output["completion_ids"]], dim=1)
-    mask = torch.cat([output["prompt_mask"], output["completion_mask"]], dim=1)
-    width, start = output["completion_ids"].size(1), output["prompt_ids"].size(1)
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)).logits
-    logps = torch.zeros(ids.size(0), width)
-    for t in range(width):
-        scores = logits[:, start - 1 + t].clone()
-        for processor in chain:
-            scores = processor(ids[:, : start + t], scores)
-        logps[:, t] = scores.log_softmax(-1).gather(1, ids[:, start + t, None]).squeeze(1)
-    return logps
 
 
 def check_metrics(trainer):

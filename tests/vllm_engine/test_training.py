@@ -7,7 +7,8 @@ import copy
 import pytest
 import torch
 import vllm._custom_ops
-from runs import FORCING, REFLEX, TEMPERATURE, check_metrics, check_rollouts, logged, make, teacher_forced
+from runs import FORCING, REFLEX, TEMPERATURE, check_metrics, check_rollouts, logged, make
+from tests_support import teacher_forced
 from transformers import TemperatureLogitsWarper
 from trl.generation import vllm_generation as trl_generation
 
