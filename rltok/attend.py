@@ -32,15 +32,14 @@ from yaml import YAMLError
 
 from rltok.attention.probe import (
     UnprobeableAttentionError,
-    evaluating,
     language_model,
     probeable_layers,
     text_config,
 )
 from rltok.attention.signals import AttentionSignals, attention_signals
+from rltok.complete import CompletionSettings, Engine, check_engine, complete, completed_ids
 from rltok.config import ConfigError, build
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma
-from rltok.evaluate import generate_batch, isolated_rng
 from rltok.models import ModelConfig, load_model, load_tokenizer
 from rltok.prompts import (
     Prompt,
@@ -60,6 +59,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 WeightType = Literal["auto", "float32", "bfloat16", "float16"]
+OTHER_ENGINE = "give --engine transformers"
+"""What to do where the engine `fast` does not serve a model."""
 
 MAX_NEW_TOKENS = 256
 """Completion length of `--prompt` unless told otherwise."""
@@ -95,6 +96,8 @@ class AttendOptions:
     """of the generation; None and 0 decode greedily"""
     seed: int | None = None
     """of the sampling; None is 0"""
+    engine: Engine | None = None
+    """of the generation, `fast` or `transformers`; None is `fast`"""
     settings: Sequence[str] = ()
     """`key=value` options of `PreplanAnchor`"""
     out: Path = Path("attend")
@@ -108,7 +111,7 @@ class AttendOptions:
         if bool(self.prompts) == (self.completions is not None):
             given = "both were given" if self.prompts else "neither was given"
             raise ConfigError(f"{given}: give either --prompt TEXT (any number of times) or --completions FILE")
-        foreign = ("rows",) if self.prompts else ("max_new_tokens", "temperature", "seed")
+        foreign = ("rows",) if self.prompts else ("max_new_tokens", "temperature", "seed", "engine")
         for name in foreign:
             if getattr(self, name) is not None:
                 owner = "--completions FILE" if self.prompts else "--prompt TEXT"
@@ -171,6 +174,8 @@ def run_attend(options: AttendOptions, console: Console) -> int:
     rows = None if options.completions is None else read_completions(options.completions, options.rows)
     model, tokenizer = load_checkpoint(options)
     _check_probeable(model, method)  # before the time that generation takes
+    if rows is None:
+        check_engine(model, options.engine or "fast", OTHER_ENGINE)
     if rows is None:
         samples = generate(
             model, tokenizer, [asked_as(p, options.chat) for p in options.prompts], **_generation(options)
@@ -297,6 +302,7 @@ def generate(
     max_new_tokens: int = MAX_NEW_TOKENS,
     temperature: float = 0.0,
     seed: int = 0,
+    engine: Engine = "fast",
 ) -> list[Sample]:
     """One completion per prompt; random states and the model's mode are as before afterwards.
 
@@ -305,21 +311,23 @@ def generate(
         max_new_tokens: longest completion, in tokens.
         temperature: 0 decodes greedily.
         seed: of the sampling; greedy decoding does not read it.
+        engine: `fast` or `transformers`.
+
+    Raises:
+        ConfigError: a model that the engine does not serve.
     """
-    samples = []
     asked = [prompt_tokens(tokenizer, prompt) for prompt in prompts]
-    with isolated_rng(seed), evaluating(model), torch.no_grad():
-        for start in range(0, len(asked), GENERATION_BATCH):
-            batch = asked[start : start + GENERATION_BATCH]
-            outputs = generate_batch(model, tokenizer, [ids for _, ids in batch], max_new_tokens, temperature, 1.0)
-            for (text, ids), output in zip(batch, outputs, strict=True):
-                samples.append(Sample(text, ids, tokenizer.decode(output, skip_special_tokens=True), output))
-    return samples
+    settings = CompletionSettings(max_new_tokens, temperature, seed=seed, batch_size=GENERATION_BATCH, engine=engine)
+    outputs = completed_ids(complete(model, tokenizer, [ids for _, ids in asked], settings))
+    return [
+        Sample(text, ids, tokenizer.decode(output, skip_special_tokens=True), output)
+        for (text, ids), output in zip(asked, outputs, strict=True)
+    ]
 
 
 def _generation(options: AttendOptions) -> dict[str, Any]:
     """Keyword arguments of `generate`; what was not given keeps its default."""
-    names = ("max_new_tokens", "temperature", "seed")
+    names = ("max_new_tokens", "temperature", "seed", "engine")
     return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
 
 

@@ -212,6 +212,7 @@ MethodOptions = Annotated[
 WeightType = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
 ]
+EngineName = Literal["fast", "transformers"]
 COMPLETIONS = typer.Option("--completions", metavar="FILE", help="JSON lines or Parquet: columns prompt, completion.")
 
 
@@ -231,6 +232,10 @@ def attend(
         float | None, typer.Option("--temperature", help="Of the completion of a prompt; default 0, which is greedy.")
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; default 0.")] = None,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option("--engine", help="Of the completion of a prompt: the rollout loop (default), or generate."),
+    ] = None,
     settings: MethodOptions = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the files.")] = Path("attend"),
     pictures: Annotated[int, typer.Option("--pictures", help="Draw at most so many completions.")] = 4,
@@ -248,6 +253,7 @@ def attend(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        engine=engine,
         settings=tuple(settings or ()),
         out=out,
         pictures=pictures,
@@ -286,6 +292,13 @@ def generate(
     max_new_tokens: Annotated[
         int | None, typer.Option("--max-new-tokens", help="Longest completion; default: the recipe's, else 256.")
     ] = None,
+    min_new_tokens: Annotated[
+        int | None, typer.Option("--min-new-tokens", help="No end token is sampled before; default 0.")
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", metavar="TEXT", help="Ends a completion, as its last part; repeatable."),
+    ] = None,
     num_samples: Annotated[
         int | None, typer.Option("--num-samples", metavar="N", help="Completions per prompt; default 1.")
     ] = None,
@@ -302,6 +315,10 @@ def generate(
     ] = None,
     seed: Annotated[int | None, typer.Option("--seed", help="Of the sampling; default 0.")] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Completions generated at once.")] = 16,
+    engine: Annotated[
+        EngineName | None,
+        typer.Option("--engine", help="The rollout loop, or transformers' generate; default: the recipe's, else fast."),
+    ] = None,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Directory of the files.")] = Path("generate"),
     dtype: WeightType = "float32",
 ) -> None:
@@ -321,11 +338,14 @@ def generate(
         top_p=top_p,
         top_k=top_k,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
+        stop=tuple(stop or ()),
         num_samples=num_samples,
         best_of=best_of,
         rewards=tuple(reward or ()),
         seed=seed,
         batch_size=batch_size,
+        engine=engine,
         out=out,
         dtype=dtype,
     )

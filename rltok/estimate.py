@@ -73,18 +73,19 @@ def _sampler(recipe: Recipe, args: CreditConfig) -> list[str]:
     from rltok.trainers.engine_choice import engine_of
 
     rollout = build_rollout(recipe.rollout)
+    engine = engine_of(args, rollout)
     if not rollout.modifies_sampler:
-        return []
+        return [f"sampler: plain, on the engine {engine}"]
     names = [
         item["type"]
-        for item, m in zip((recipe.rollout or {})["decoding"], rollout.decoding, strict=True)
+        for item, m in zip((recipe.rollout or {}).get("decoding") or (), rollout.decoding, strict=True)
         if not m.is_neutral
     ]
     names += ["steering"] if rollout.steers else []
     weights = rollout.resolved_correction
     low, high = weights.bounds
     correction = "none" if weights.mode == "off" else f"{weights.mode} {weights.level} weights to [{low:g}, {high:g}]"
-    return [f"sampler: {', '.join(names)} on the engine {engine_of(args)}; correction: {correction}"]
+    return [f"sampler: {', '.join(names)} on the engine {engine}; correction: {correction}"]
 
 
 def _selection(recipe: Recipe, rows: int, group: int, steps: int) -> str:

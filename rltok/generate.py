@@ -1,10 +1,5 @@
 """Completions of a checkpoint with decoding methods, to read and to choose from, token by token.
 
-generate/
-    generations.jsonl    one completion per line: prompt, text, tokens, rewards, whether it was chosen
-    tokens.parquet       one row per token: log-probability, temperature, wave and what else the methods record
-    generation.json      settings, versions and means; written last
-
 A log-probability is that of the distribution the token was drawn from, with every method, temperature, top-p and top-k.
 Greedy decoding draws nothing: its log-probabilities are those of the changed logits at temperature 1.
 """
@@ -14,53 +9,52 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
 
-from rltok.attend import WeightType, checkpoint_config, load_policy, print_facts
-from rltok.config import ConfigError, suggestion
+from rltok.attend import OTHER_ENGINE, WeightType, checkpoint_config, load_policy, print_facts
+from rltok.best_of import check_columns, choose, reward_means, reward_set, score_completions, total_rewards
+from rltok.complete import (
+    CompletionSettings,
+    Engine,
+    OnRows,
+    check_engine,
+    complete,
+    decoding_context,
+    end_ids,
+    named_processors,
+)
+from rltok.config import ConfigError
 from rltok.entropy import EntropyStats
-from rltok.evaluate import decoding_context, end_ids, generate_batch, inference, isolated_rng, score
+from rltok.fast import LoopMetrics
+from rltok.generation_files import Generated, completion_records, token_columns, token_traces, write_generation
 from rltok.models import load_tokenizer
 from rltok.progress import EvaluationBar
-from rltok.prompts import Row, asked_as, check_prompt, clip, flag, prompt_tokens, read_rows, token_texts
+from rltok.prompts import Row, asked_as, check_prompt, clip, flag, prompt_tokens, read_rows
 from rltok.recipe import DecodingRecipe, Recipe, load_decoding
 from rltok.rollout import build_decoding
 from rltok.run import (
     build_steering,
+    check_decoding_fits,
     check_vectors,
-    check_words,
+    evaluation_engine,
     held_out_rows,
-    json_line,
     quiet_libraries,
     versions,
-    write_atomically,
-    write_json,
 )
-from rltok.sampler_stats import calibrate_entropy, checkpoint_stats
-from rltok.sampling import (
-    DECODING,
-    AdaptiveTemperature,
-    CyclicReflexLogitsProcessor,
-    DecodingModule,
-    RolloutProcessor,
-    SampledLogps,
-    make_processors,
-)
-from rltok.sampling.processor import run_order
+from rltok.sampler_stats import CALIBRATION_ROWS, calibrate_entropy, checkpoint_stats
+from rltok.sampling import DecodingModule
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from rltok.rewards import RewardSet
     from rltok.steering import SteeringConfig
 
 NO_RECIPE = "none"
@@ -72,8 +66,6 @@ RECIPE_LENGTH = 512
 OTHER_SETTINGS = {"min_p": None, "repetition_penalty": 1.0, "generation_kwargs": None}
 """Sampling settings of a training that are not among ours, and their neutral values."""
 SAMPLING_ONLY = ("top_p", "top_k", "seed")
-TOKEN_COLUMNS = ("completion", "position", "token_id", "token", "logp", "temperature", "wave")
-"""Of tokens.parquet, before what the methods record by name."""
 SHOWN = 8
 """Rows of the printed table."""
 
@@ -103,6 +95,10 @@ class GenerateOptions:
     top_p: float | None = None
     top_k: int | None = None
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    """tokens before the first of which no end token is sampled; None is 0"""
+    stop: Sequence[str] = ()
+    """texts that end a completion, of which they are part"""
     num_samples: int | None = None
     """completions per prompt; None is 1"""
     best_of: int | None = None
@@ -113,6 +109,8 @@ class GenerateOptions:
     """of the sampling; None is 0"""
     batch_size: int = 16
     """completions generated at once"""
+    engine: Engine | None = None
+    """`fast` or `transformers`; None is the recipe's `rollout.engine`, else `fast`"""
     out: Path = Path("generate")
     """directory of the files"""
     dtype: WeightType = "float32"
@@ -150,12 +148,15 @@ class GenerateOptions:
 
     def _check_numbers(self) -> None:
         limits = {"rows": 1, "max_new_tokens": 1, "num_samples": 1, "best_of": 1, "batch_size": 1}
-        for name, least in (limits | {"temperature": 0, "top_k": 0, "seed": 0}).items():
+        zeros = {"temperature": 0, "top_k": 0, "seed": 0, "min_new_tokens": 0}
+        for name, least in (limits | zeros).items():
             value = getattr(self, name)
             if value is not None and not (value >= least and math.isfinite(value)):
                 raise ConfigError(f"{flag(name)} {value} must be >= {least} and finite")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ConfigError(f"--top-p {self.top_p} must be > 0 and <= 1")
+        if "" in self.stop:
+            raise ConfigError("--stop '': every completion would end before its first token; give a text")
 
     @property
     def completions_per_prompt(self) -> int:
@@ -173,24 +174,27 @@ class Sampling:
     top_k: int = 0
     """0 is no limit"""
     max_new_tokens: int = MAX_NEW_TOKENS
+    min_new_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
     num_samples: int = 1
     seed: int = 0
     batch_size: int = 16
-    """completions made at once; part of the settings that decide a sample"""
+    """completions made at once; part of the settings that decide a sample with the engine `transformers`"""
+    engine: Engine = "fast"
+
+    def settings(self) -> CompletionSettings:
+        """The same for every single completion."""
+        return CompletionSettings(**{name: value for name, value in vars(self).items() if name != "num_samples"})
 
 
 @dataclass(frozen=True)
-class Generated:
-    """One completion; every list of `columns` has one entry per token."""
+class Generation:
+    """What `generate` made."""
 
-    row: int
-    """index of its prompt"""
-    sample: int
-    """index among the completions of the prompt"""
-    ids: list[int]
-    """up to and with the end-of-sequence token"""
-    columns: dict[str, list[Any]]
-    """`logp` in nats, `temperature` (None where decoding is greedy), `wave` in logits, and what the methods record"""
+    completions: list[Generated]
+    """in the order of the prompts, those of a prompt adjacent"""
+    cost: LoopMetrics | None
+    """of the rollout loop; None from transformers"""
 
 
 def run_generate(options: GenerateOptions, console: Console) -> int:
@@ -206,42 +210,44 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     sampling = resolve_sampling(options, plan.recipe)
     rewards = reward_set(options, plan.recipe)
     rows = prompt_rows(options, plan.recipe)
-    _check_columns(rewards, rows)
+    check_columns(rewards, rows)
     check_vectors(steering, "steering")
     config = checkpoint_config(options.checkpoint, options.dtype)
     tokenizer = load_tokenizer(config)
     template = {} if plan.recipe is None else plan.recipe.training.get("chat_template_kwargs") or {}
     prompts = [prompt_tokens(tokenizer, row["prompt"], template)[1] for row in rows]
-    check_words(decoding, tokenizer, f"--decoding {options.decoding}")
+    check_decoding_fits(decoding, tokenizer, sampling.engine, f"--decoding {options.decoding}")
+    check_stop_texts(tokenizer, sampling.stop_strings)
     model = load_policy(config)
+    check_engine(model, sampling.engine, OTHER_ENGINE)
     sampling = fit_context(sampling, prompts, model, has_length=_has_length(options, plan.recipe))
-    say = _printer(console)
     options.out.mkdir(parents=True, exist_ok=True)
+    places = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.num_samples)]
+    first = places[:CALIBRATION_ROWS]
     stats = calibrate_entropy(
         model,
         tokenizer,
-        [prompt for prompt in prompts for _ in range(sampling.num_samples)][: sampling.batch_size],
+        [prompts[row] for row, _ in first],
         decoding,
-        max_new_tokens=sampling.max_new_tokens,
-        temperature=sampling.temperature,
-        top_p=sampling.top_p,
-        top_k=sampling.top_k,
-        seed=sampling.seed,
+        sampling.settings(),
+        places=first,
         saved=checkpoint_stats(options.checkpoint),
         steering=steering,
-        say=say,
+        say=_printer(console),
     )
     started = time.monotonic()
-    with EvaluationBar(console, "generation", len(prompts) * sampling.num_samples) as bar:
-        completions = generate(
-            model, tokenizer, prompts, decoding, sampling, entropy_stats=stats, steering=steering, on_batch=bar
+    with EvaluationBar(console, "generation", len(places)) as bar:
+        made = generate(
+            model, tokenizer, prompts, decoding, sampling, entropy_stats=stats, steering=steering, on_rows=bar
         )
-    seconds = time.monotonic() - started
+    seconds, completions = time.monotonic() - started, made.completions
     scores = score_completions(completions, rows, tokenizer, rewards)
     totals = total_rewards(scores, rewards)
     chosen = choose(completions, totals) if options.best_of is not None else None
     settings = _settings(sampling, plan)
-    records = _records(completions, rows, tokenizer, scores, totals, chosen, settings, set(end_ids(model, tokenizer)))
+    records = completion_records(
+        completions, rows, tokenizer, scores, totals, chosen, settings, set(end_ids(model, tokenizer))
+    )
     facts = {
         "checkpoint": options.checkpoint,
         "dtype": options.dtype,
@@ -255,12 +261,18 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
         "rewards": {} if rewards is None else dict(zip(rewards.names, rewards.weights, strict=True)),
         "means": reward_means(scores, totals, chosen),
         "seconds": round(seconds, 3),
+        "cost": None if made.cost is None else _cost(made.cost),
         "versions": versions(),
     }
-    _write(options.out, records, completions, facts)
+    write_generation(options.out, records, completions, facts)
     _print_table(records, options.best_of is not None, console)
     _print_summary(facts, options.out, console)
     return 0
+
+
+def _cost(cost: LoopMetrics) -> dict[str, float]:
+    """What the rollout loop counted, in plain values."""
+    return asdict(cost) | {"tokens_per_second": round(cost.tokens_per_second, 3), "live_share": cost.live_share}
 
 
 # Settings
@@ -288,9 +300,13 @@ def resolve_sampling(options: GenerateOptions, recipe: Recipe | None) -> Samplin
         **(defaults | given),
         max_new_tokens=options.max_new_tokens or length,
         num_samples=options.completions_per_prompt,
+        min_new_tokens=options.min_new_tokens or 0,
+        stop_strings=tuple(options.stop),
         seed=options.seed or 0,
         batch_size=options.batch_size,
+        engine=options.engine or ("fast" if recipe is None else evaluation_engine(recipe)),
     )
+    _check_lengths(sampling)
     if sampling.temperature == 0:
         _check_greedy(options)
         return replace(sampling, top_p=1.0, top_k=0)
@@ -312,6 +328,29 @@ def _check_greedy(options: GenerateOptions) -> None:
             )
 
 
+def _check_lengths(sampling: Sampling) -> None:
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        raise ConfigError(
+            f"--min-new-tokens {sampling.min_new_tokens}: completions have at most {sampling.max_new_tokens} tokens; "
+            "give less, or raise --max-new-tokens"
+        )
+
+
+def check_stop_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Raise ConfigError where the text of a tokenizer's tokens is unknown, in which stop texts are looked for."""
+    if not texts:
+        return
+    from transformers import StopStringCriteria
+
+    try:
+        StopStringCriteria(tokenizer, list(texts))
+    except ValueError as error:
+        raise ConfigError(
+            f"--stop {texts[0]!r}: this tokenizer does not turn single tokens into text ({error}); leave it out, or "
+            "give the tokenizer a decoder"
+        ) from error
+
+
 def _has_length(options: GenerateOptions, recipe: Recipe | None) -> bool:
     return options.max_new_tokens is not None or (
         recipe is not None and recipe.training.get("max_completion_length") is not None
@@ -324,7 +363,7 @@ def fit_context(
     """The settings with a completion length that the model's context has room for; one that was asked for stays.
 
     Raises:
-        ConfigError: the longest prompt, or it and a length that was asked for, do not fit.
+        ConfigError: the longest prompt, or it and a length that was asked for, do not fit; or nor does the least one.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit is None or limit <= 0:
@@ -337,7 +376,9 @@ def fit_context(
             f"made for {limit} (max_position_embeddings); "
             + (f"give at most --max-new-tokens {room}" if room >= 1 else "give shorter prompts")
         )
-    return replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    fitted = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
+    _check_lengths(fitted)
+    return fitted
 
 
 def _settings(sampling: Sampling, plan: DecodingRecipe) -> dict[str, Any]:
@@ -352,7 +393,7 @@ def _settings(sampling: Sampling, plan: DecodingRecipe) -> dict[str, Any]:
     }
 
 
-# Prompts and rewards
+# Prompts
 
 
 def prompt_rows(options: GenerateOptions, recipe: Recipe | None) -> list[Row]:
@@ -390,130 +431,6 @@ def _recipe_rows(options: GenerateOptions, recipe: Recipe | None) -> list[Row]:
     return [dict(heldout[i]) for i in range(count)]
 
 
-def reward_set(options: GenerateOptions, recipe: Recipe | None) -> RewardSet | None:
-    """The functions of `--reward`, else the recipe's where a choice or its data asks for rewards, else None.
-
-    Raises:
-        ConfigError: an unknown function, or none to choose by.
-    """
-    from rltok.rewards import build_rewards
-
-    own: Mapping[str, Any] = (recipe.rewards or {}) if recipe is not None else {}
-    if options.rewards:
-        section = _asked_rewards(options.rewards, own)
-    elif options.best_of is None and not options.recipe_data:
-        return None
-    elif not own:
-        if options.best_of is None:
-            return None
-        raise ConfigError(
-            f"--best-of {options.best_of}: no reward to choose by; give --reward NAME, or a recipe with rewards"
-        )
-    else:
-        section = dict(own)
-    found = build_rewards(section, save_dir=options.out)
-    if options.best_of is not None and not any(found.weights):
-        raise ConfigError(f"--best-of {options.best_of}: every reward has weight 0; give --reward NAME")
-    return found
-
-
-def _asked_rewards(references: Sequence[str], own: Mapping[str, Any]) -> dict[str, Any]:
-    """Section `rewards` for names of the recipe's rewards, registered names and `file.py:function`; weight 1 each."""
-    from rltok.rewards import REWARDS
-
-    section: dict[str, Any] = {}
-    for reference in references:
-        name = reference.rpartition(":")[2]
-        if name in section:
-            raise ConfigError(f"--reward {reference}: {name!r} is given twice; leave one out")
-        if ":" not in reference and reference not in own and reference not in REWARDS:
-            known = [*own, *REWARDS, "module:function", "path/file.py:function"]
-            raise ConfigError(f"--reward {reference}: unknown reward{suggestion(reference, known)}")
-        section[name] = {**own.get(reference, {"function": reference}), "weight": 1.0}
-    return section
-
-
-def _check_columns(rewards: RewardSet | None, rows: Sequence[Row]) -> None:
-    """Refuse rows that a reward function of ours cannot judge, before the time that generation takes."""
-    from rltok.rewards import REWARDS
-
-    for guard in [] if rewards is None else rewards.functions:
-        function: Any = getattr(guard, "function", None)
-        if type(function) not in REWARDS.values():
-            continue  # a function of the user is called on real completions only
-        columns = {name: [row[name] for row in rows] for name in rows[0] if name != "prompt"}
-        empty: list[Any] = [
-            [{"role": "assistant", "content": ""}] if isinstance(row["prompt"], list) else "" for row in rows
-        ]
-        try:
-            function(
-                prompts=[row["prompt"] for row in rows], completions=empty, completion_ids=[[] for _ in rows], **columns
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"--reward {guard.__name__}: cannot judge these prompts: {error}") from error
-
-
-def score_completions(
-    completions: Sequence[Generated],
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    rewards: RewardSet | None,
-) -> dict[str, list[float]]:
-    """Name of the reward function -> reward of every completion, NaN where it does not apply.
-
-    Raises:
-        ConfigError: a function raised, or returned no number.
-    """
-    from rltok.rewards import RewardError
-
-    if rewards is None:
-        return {}
-    try:
-        return score([rows[one.row] for one in completions], tokenizer, [one.ids for one in completions], rewards)
-    except RewardError as error:
-        raise ConfigError(f"--reward {error}") from error
-
-
-def total_rewards(scores: Mapping[str, Sequence[float]], rewards: RewardSet | None) -> list[float]:
-    """Weighted sum of every completion's rewards, without those that do not apply; NaN where none applies."""
-    if rewards is None:
-        return []
-    weights = dict(zip(rewards.names, rewards.weights, strict=True))
-    totals = []
-    for values in zip(*(scores[name] for name in weights), strict=True):
-        pairs = [(w, v) for w, v in zip(weights.values(), values, strict=True) if not math.isnan(v)]
-        totals.append(sum(w * v for w, v in pairs) if pairs else math.nan)
-    return totals
-
-
-def choose(completions: Sequence[Generated], totals: Sequence[float]) -> list[bool]:
-    """Which completion of every prompt has the highest total reward; the first of equals, NaN below every number."""
-    best: dict[int, int] = {}
-    ranks = [-math.inf if math.isnan(total) else total for total in totals]
-    for index, one in enumerate(completions):
-        if one.row not in best or ranks[index] > ranks[best[one.row]]:
-            best[one.row] = index
-    kept = set(best.values())
-    return [index in kept for index in range(len(completions))]
-
-
-def reward_means(
-    scores: Mapping[str, Sequence[float]], totals: Sequence[float], chosen: Sequence[bool] | None
-) -> dict[str, float]:
-    """Means over all completions by function, of the `total`, and of the `chosen` ones' totals."""
-    means = {name: _mean(values) for name, values in scores.items()}
-    if scores:
-        means["total"] = _mean(totals)
-    if chosen is not None:
-        means["chosen"] = _mean([total for total, is_chosen in zip(totals, chosen, strict=True) if is_chosen])
-    return means
-
-
-def _mean(values: Sequence[float]) -> float:
-    known = [value for value in values if not math.isnan(value)]
-    return sum(known) / len(known) if known else math.nan
-
-
 # Generation
 
 
@@ -526,9 +443,9 @@ def generate(
     *,
     entropy_stats: EntropyStats | None = None,
     steering: SteeringConfig | None = None,
-    on_batch: Callable[[int], None] | None = None,
-) -> list[Generated]:
-    """Completions in the order of the prompts, those of a prompt adjacent, with what was recorded of every token.
+    on_rows: OnRows | None = None,
+) -> Generation:
+    """Completions of all prompts with what was recorded of every token.
 
     The caller's random state and the model's mode are as before afterwards; longer prompts are completed first.
 
@@ -536,142 +453,34 @@ def generate(
         prompts: token ids.
         decoding: methods; those of strength 0 change no bit of ids and log-probabilities.
         entropy_stats: for adaptive temperature (`rltok.sampler_stats`).
-        on_batch: called after every batch with the number of completions it made.
+        on_rows: as completions end, with their number and the tokens sampled since the last call.
 
     Raises:
+        ConfigError: a model that the engine does not serve.
         ValueError: the tokenizer lacks what a method names, or statistics are missing.
     """
     ends = end_ids(model, tokenizer)
     context = decoding_context(decoding, tokenizer, sampling.temperature, entropy_stats, ends)
     places = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.num_samples)]
-    order = sorted(range(len(places)), key=lambda i: len(prompts[places[i][0]]), reverse=True)
+    parts = complete(
+        model,
+        tokenizer,
+        [prompts[row] for row, _ in places],
+        sampling.settings(),
+        places=places,
+        processors=partial(named_processors, decoding, context),
+        record=True,
+        steering=steering,
+        on_rows=on_rows,
+    )
     found: dict[int, Generated] = {}
-    with isolated_rng(sampling.seed), inference(model, steering):
-        for start in range(0, len(order), sampling.batch_size):
-            batch = order[start : start + sampling.batch_size]
-            named = [(_name(m), p) for m in run_order(decoding) for p in make_processors([m], context)]
-            recorder = SampledLogps(greedy="record")
-            ids = generate_batch(
-                model,
-                tokenizer,
-                [prompts[places[i][0]] for i in batch],
-                sampling.max_new_tokens,
-                sampling.temperature,
-                sampling.top_p,
-                sampling.top_k,
-                processors=[processor for _, processor in named],
-                recorder=recorder,
-            )
-            logps = recorder.finish(ids)
-            traces = token_traces(named)
-            for at, i in enumerate(batch):
-                columns = _columns(logps[at], traces, at, sampling.temperature)
-                found[i] = Generated(*places[i], ids[at], columns)
-            if on_batch is not None:
-                on_batch(len(batch))
-    return [found[i] for i in range(len(places))]
-
-
-def _name(module: DecodingModule) -> str:
-    return next((name for name, cls in DECODING.items() if cls is type(module)), type(module).__name__)
-
-
-def token_traces(named: Sequence[tuple[str, RolloutProcessor]]) -> dict[str, Tensor]:
-    """Column -> (B, steps), what the processors of a call recorded.
-
-    The bias of cyclic_reflex is `wave`, the factor T_t / T_b of adaptive_temperature `temperature`. Other values keep
-    their name, with the method in front where two methods use the same one.
-    """
-    special: dict[str, Tensor] = {}
-    others: list[tuple[str, str, Tensor]] = []
-    for name, processor in named:
-        for key, values in processor.trace().items():
-            if key == "bias" and isinstance(processor, CyclicReflexLogitsProcessor):
-                special["wave"] = values
-            else:
-                others.append((name, key, values))
-        factors = processor.factors() if isinstance(processor, AdaptiveTemperature) else None
-        if factors is not None:
-            special["temperature"] = factors
-    taken = Counter([*TOKEN_COLUMNS, *(key for _, key, _ in others)])
-    return special | {key if taken[key] == 1 else f"{name}_{key}": values for name, key, values in others}
-
-
-def _columns(logps: list[float], traces: Mapping[str, Tensor], row: int, temperature: float) -> dict[str, list[Any]]:
-    """Columns of one completion; what was generated after its end is left out."""
-    length = len(logps)
-    own = {name: values[row, :length].tolist() for name, values in traces.items()}
-    factors = own.pop("temperature", [1.0] * length)
-    temperatures = [None if temperature == 0 else temperature * factor for factor in factors]
-    return {"logp": logps, "temperature": temperatures, "wave": own.pop("wave", [0.0] * length), **own}
-
-
-# Files
-
-
-def _records(
-    completions: Sequence[Generated],
-    rows: Sequence[Row],
-    tokenizer: PreTrainedTokenizerBase,
-    scores: Mapping[str, Sequence[float]],
-    totals: Sequence[float],
-    chosen: Sequence[bool] | None,
-    settings: Mapping[str, Any],
-    ends: set[int],
-) -> list[dict[str, Any]]:
-    """Lines of generations.jsonl, which `rltok attend --completions` reads as well."""
-    texts = tokenizer.batch_decode([one.ids for one in completions], skip_special_tokens=True)
-    return [
-        {
-            "index": index,
-            "row": one.row,
-            "sample": one.sample,
-            "prompt": rows[one.row]["prompt"],
-            "completion": texts[index],
-            "token_ids": one.ids,
-            "tokens": token_texts(tokenizer, one.ids),
-            "length": len(one.ids),
-            "ended": one.ids[-1] in ends,
-            "logp": math.fsum(one.columns["logp"]),
-            "rewards": {name: values[index] for name, values in scores.items()},
-            "reward": totals[index] if totals else None,
-            "chosen": None if chosen is None else chosen[index],
-            **settings,
-        }
-        for index, one in enumerate(completions)
-    ]
-
-
-def _write(
-    out: Path, records: Sequence[Mapping[str, Any]], completions: Sequence[Generated], facts: Mapping[str, Any]
-) -> None:
-    """Completions first, settings last: where generation.json is, the others are whole and belong to it."""
-    (out / "generation.json").unlink(missing_ok=True)
-    write_atomically(out / "generations.jsonl", "".join(json_line(record) for record in records))
-    _write_tokens(out / "tokens.parquet", records, completions)
-    write_json(out / "generation.json", facts)
-
-
-def _write_tokens(path: Path, records: Sequence[Mapping[str, Any]], completions: Sequence[Generated]) -> None:
-    import pandas as pd
-
-    parts = [
-        pd.DataFrame(
-            {
-                "completion": record["index"],
-                "position": range(len(one.ids)),
-                "token_id": one.ids,
-                "token": record["tokens"],
-                **one.columns,
-                "temperature": pd.Series(one.columns["temperature"], dtype="float64"),  # null where greedy
-            }
-        )
-        for record, one in zip(records, completions, strict=True)
-    ]
-    table = pd.concat(parts, ignore_index=True)
-    draft = path.with_name(path.name + ".part")
-    table[[*TOKEN_COLUMNS, *(name for name in table.columns if name not in TOKEN_COLUMNS)]].to_parquet(draft)
-    draft.replace(path)
+    for part in parts:
+        assert part.logps is not None
+        traces = token_traces(part.processors)
+        for at, index in enumerate(part.indices):
+            columns = token_columns(part.logps[at], traces, at, sampling.temperature)
+            found[index] = Generated(*places[index], part.ids[at], columns)
+    return Generation([found[index] for index in range(len(places))], parts[0].metrics if parts else None)
 
 
 # Terminal
@@ -714,6 +523,16 @@ def _print_summary(facts: Mapping[str, Any], out: Path, console: Console) -> Non
     lines |= {
         "decoding": ", ".join(methods) or "plain",
         "sampling": json.dumps(facts["sampling"] | {"seed": facts["seed"]}),
+        "speed": _speed(facts),
         "files": " ".join(str(out / name) for name in ("generations.jsonl", "tokens.parquet", "generation.json")),
     }
     print_facts(lines, console)
+
+
+def _speed(facts: Mapping[str, Any]) -> str:
+    cost = facts["cost"]
+    if cost is None:
+        return f"{facts['tokens'] / max(facts['seconds'], 1e-9):.0f} tokens/s"
+    return (
+        f"{cost['tokens_per_second']:.0f} tokens/s; prompt tokens computed once: {cost['prefill_tokens_saved']} saved"
+    )

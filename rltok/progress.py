@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +17,8 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+    from rltok.fast import LoopProgress
+
 Mode = Literal["auto", "live", "lines", "off"]
 
 METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -27,6 +29,8 @@ METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("clipped", ("clip_ratio/region_mean", "clip_ratio")),
 )
 """What is shown: label -> the first of these logged metrics that there is."""
+ROLLOUT_LINE = 30.0
+"""Seconds between two lines of one rollout."""
 
 
 def resolve_mode(mode: Mode, console: Console) -> Mode:
@@ -49,6 +53,7 @@ class ProgressDisplay(TrainerCallback):
         self._started = time.monotonic()
         self._first_step = 0
         self._last: dict[str, Any] = {}
+        self._rollout_line_at = ROLLOUT_LINE  # seconds of the rollout at which the next line is due
 
     def install(self, trainer: Trainer) -> None:
         """Add to a trainer in place of transformers' own progress bar and log printer."""
@@ -92,6 +97,17 @@ class ProgressDisplay(TrainerCallback):
             line = f"step {state.global_step}/{state.max_steps}  {shown}  {clock(left)} left"
             self.console.print(line, highlight=False, soft_wrap=True)
 
+    def on_rollout(self, progress: LoopProgress) -> None:
+        """Show how far a rollout is: below the bar, or as a line in every half minute that it takes."""
+        if self._live is not None:
+            done = progress.ended == progress.rows
+            self._line.plain = describe_metrics(self._last) if done else describe_rollout(progress)
+        elif self.mode == "lines":
+            due, seconds = self._rollout_line_at, progress.seconds
+            if seconds >= due:
+                self.console.print(describe_rollout(progress), highlight=False, soft_wrap=True)
+            self._rollout_line_at = ROLLOUT_LINE * (seconds // ROLLOUT_LINE + 1)
+
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -109,16 +125,29 @@ class ProgressDisplay(TrainerCallback):
 
 
 class EvaluationBar(AbstractContextManager["EvaluationBar"]):
-    """Progress of an evaluation; call it with the number of completions just made."""
+    """Progress of an evaluation; call it with the numbers of completions that ended and of tokens just sampled.
 
-    def __init__(self, console: Console, label: str, total: int, mode: Mode = "auto") -> None:
+    A bar in a terminal, elsewhere a line for every half minute that it takes.
+    """
+
+    def __init__(
+        self,
+        console: Console,
+        label: str,
+        total: int,
+        mode: Mode = "auto",
+        timer: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.console, self.label, self.total = console, label, total
         self.mode = resolve_mode(mode, console)
+        self.done = self.tokens = 0
         self._progress: Progress | None = None
         self._task: Any = None
-        self._started = time.monotonic()
+        self._timer = timer
+        self._started = self._last_line = timer()
 
     def __enter__(self) -> EvaluationBar:
+        self._started = self._last_line = self._timer()
         if self.mode == "live":
             self._progress = bar(self.console)
             self._task = self._progress.add_task(self.label, total=self.total, detail="completions")
@@ -127,9 +156,20 @@ class EvaluationBar(AbstractContextManager["EvaluationBar"]):
             self.console.print(f"{self.label}: {self.total} completions", highlight=False)
         return self
 
-    def __call__(self, done: int) -> None:
+    def __call__(self, done: int, tokens: int = 0) -> None:
+        self.done += done
+        self.tokens += tokens
         if self._progress is not None:
-            self._progress.advance(self._task, done)
+            if done:  # a step without an end would count as a sample of the speed
+                self._progress.advance(self._task, done)
+        elif self.mode == "lines" and self._timer() - self._last_line >= ROLLOUT_LINE:
+            self._last_line = self._timer()
+            rate = self.tokens / (self._last_line - self._started)
+            self.console.print(
+                f"{self.label}: {self.done}/{self.total} completions  {self.tokens} tokens  {rate:.0f} tokens/s",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def __exit__(self, *exc: object) -> None:
         if self._progress is not None:
@@ -157,6 +197,12 @@ def describe_metrics(logs: Mapping[str, Any]) -> str:
         if value is not None and math.isfinite(value):
             parts.append(f"{label} {value:.1f}" if label == "length" else f"{label} {value:.3f}")
     return "  ".join(parts)
+
+
+def describe_rollout(progress: LoopProgress) -> str:
+    """`rollout 12/64 completions  3456 tokens  1152 tokens/s`."""
+    rate = progress.tokens / max(progress.seconds, 1e-9)
+    return f"rollout {progress.ended}/{progress.rows} completions  {progress.tokens} tokens  {rate:.0f} tokens/s"
 
 
 def clock(seconds: float) -> str:

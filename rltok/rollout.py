@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from rltok.config import ConfigError, build, build_typed, join
 from rltok.correction import CorrectionConfig
+from rltok.fast import LoopSettings
 from rltok.sampling import DECODING, DecodingModule
 from rltok.selection.prompts import PromptSkippingConfig
 from rltok.steering import SteeringConfig
@@ -32,9 +33,33 @@ class DynamicSamplingConfig:
 
 
 @dataclass(frozen=True)
-class RolloutConfig:
-    """How completions are made; the default is TRL's plain sampler, unrecorded and uncorrected."""
+class FastConfig:
+    """Memory and work of the engine `fast`; no value changes a sample, up to floating-point ties."""
 
+    max_rows: int | None = None
+    """Completions computed at a time on each process, the others wait; null: a whole generation batch."""
+    max_cache_tokens: int | None = None
+    """Rows times columns of the key-value cache in use on each process, each row counted with its longest possible
+    completion; the others wait, and a row that is longer runs alone; null: no limit."""
+    prefill_chunk: int = LoopSettings.prefill_chunk
+    """Prompt tokens of one forward pass; longer prompts take several."""
+    compact_share: float = LoopSettings.compact_share
+    """Ended rows leave when they are more than this share of the batch; 0: at once, 1: all together."""
+    cache_block: int = LoopSettings.cache_block
+    """Columns by which the cache grows."""
+
+    def __post_init__(self) -> None:
+        LoopSettings(max_new_tokens=1, **vars(self))  # says what is wrong
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """How completions are made; the default is plain sampling by the engine `fast`, unrecorded and uncorrected."""
+
+    engine: Literal["fast", "transformers"] = "fast"
+    """Who samples where TRL would call transformers' generate: the loop of `rltok.fast`, or generate as TRL has it."""
+    fast: FastConfig = FastConfig()
+    """Limits of the engine `fast`."""
     decoding: tuple[DecodingModule, ...] = ()
     """Decoding methods, each `{type: NAME, option: value}`; they act together, temperatures last."""
     steering: SteeringConfig | None = None
@@ -51,6 +76,10 @@ class RolloutConfig:
     """Refuse top-p, top-k, min-p and penalties, whose ratio to the unrestricted policy is biased by construction."""
 
     def __post_init__(self) -> None:
+        if self.engine not in ("fast", "transformers"):
+            raise ValueError(f"engine={self.engine!r} is unknown; allowed: 'fast', 'transformers'")
+        if self.engine != "fast" and self.fast != FastConfig():
+            raise ValueError(f"fast={self.fast} is read by engine='fast' alone, but engine={self.engine!r}: remove it")
         object.__setattr__(self, "decoding", tuple(self.decoding))
         check_decoding(self.decoding)
         if self.correction is None:

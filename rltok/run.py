@@ -35,14 +35,15 @@ from rich.table import Table
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
+from rltok.complete import CompletionSettings, Engine, check_engine, check_methods, decoding_context
 from rltok.config import ConfigError
-from rltok.evaluate import Evaluation, decoding_context, evaluate, join_evaluations, tokenize_prompt
+from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
 from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
-from rltok.rollout import build_decoding
-from rltok.sampler_stats import SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
+from rltok.rollout import build_decoding, build_rollout
+from rltok.sampler_stats import CALIBRATION_ROWS, SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
 from rltok.sampling import DecodingModule, make_processors
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
     from rltok.trainers import CreditConfig
 
 Moment = Literal["before", "after"]
+OTHER_ENGINE = "set rollout.engine=transformers"
+"""What to do where the engine `fast` does not serve a model."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     tokenizer = load_tokenizer(recipe.model)
     check_evaluation(recipe, tokenizer)
     model = load_model(recipe.model)
+    if recipe.evaluation.before or recipe.evaluation.after:
+        check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
     display = ProgressDisplay(console, recipe.report.progress)
     metrics = MetricsFile(run)
     trainer = CreditTrainer(
@@ -312,7 +317,7 @@ def _console(console: Console | None, is_main: bool) -> Console:
 
 
 def _refuse_sharded_evaluation(recipe: Recipe) -> None:
-    """Plain `generate` needs whole weights on every rank."""
+    """Completions of a rank's own need whole weights on every rank."""
     sharded = os.environ.get("ACCELERATE_USE_FSDP") == "true" or (
         os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
         and os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2") == "3"
@@ -357,6 +362,7 @@ class HeldOut:
             [rows[i] for i in mine],
             self.console,
             saved=self._rollout_stats(),
+            row_ids=mine,
             rank=rank,
             gather=RaggedGather(accelerator),
         )
@@ -371,11 +377,11 @@ class HeldOut:
                     [rows[i] for i in mine],
                     self.rewards,
                     **evaluation_options(self.recipe, rank),
+                    row_ids=mine,
                     entropy_stats=stats,
-                    on_batch=bar,
+                    on_rows=bar,
                 )
-                local = [row | {"row": mine[row["row"]]} for row in found.rows]
-                parts = [Evaluation(found.means, local)]
+                parts = [found]
         parts = gather_object(parts) if ranks > 1 else parts
         if accelerator.is_main_process:
             write_evaluation(join_evaluations(parts), self.run, moment)
@@ -390,9 +396,17 @@ def held_out_rows(recipe: Recipe, rows: Sequence[Any]) -> int:
     return len(rows) if recipe.evaluation.rows is None else min(recipe.evaluation.rows, len(rows))
 
 
+def evaluation_engine(recipe: Recipe) -> Engine:
+    """Who makes the completions of a recipe's evaluations: `rollout.engine`, also where vLLM makes the rollouts."""
+    return build_rollout(recipe.rollout).engine
+
+
 def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding` and `rollout.steering` are not among them."""
-    settings, training = recipe.evaluation, recipe.training
+    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding` and `rollout.steering` are not among them.
+
+    Ranks differ in the seed only where completions come from one random state (`transformers`).
+    """
+    settings, training, engine = recipe.evaluation, recipe.training, evaluation_engine(recipe)
     half = torch.bfloat16 if training.get("bf16") else torch.float16 if training.get("fp16") else None
     return {
         "max_new_tokens": settings.max_new_tokens or training.get("max_completion_length") or 512,
@@ -400,7 +414,8 @@ def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
         "temperature": settings.temperature,
         "top_p": settings.top_p,
         "num_samples": settings.num_samples,
-        "seed": settings.seed + rank,
+        "seed": settings.seed + (rank if engine == "transformers" else 0),
+        "engine": engine,
         "autocast": half if recipe.model.dtype == "float32" else None,
         "chat_template_kwargs": training.get("chat_template_kwargs"),
         "decoding": build_decoding(settings.decoding, "evaluation.decoding"),
@@ -426,16 +441,19 @@ def check_evaluation(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None
     """Refuse what an evaluation after hours of training would stumble over.
 
     Raises:
-        ConfigError: words that the tokenizer lacks, or no file of steering vectors.
+        ConfigError: words that the tokenizer lacks, a method that the engine cannot run, no file of steering vectors.
     """
     options = evaluation_options(recipe)
-    check_words(options["decoding"], tokenizer, "evaluation.decoding")
+    check_decoding_fits(options["decoding"], tokenizer, options["engine"], "evaluation.decoding")
     check_vectors(options["steering"], "evaluation.steering")
 
 
-def check_words(decoding: Sequence[DecodingModule], tokenizer: PreTrainedTokenizerBase, where: str) -> None:
-    """Raise ConfigError where the tokenizer lacks words or marks of a decoding method."""
+def check_decoding_fits(
+    decoding: Sequence[DecodingModule], tokenizer: PreTrainedTokenizerBase, engine: Engine, where: str
+) -> None:
+    """Raise ConfigError where the engine cannot run a decoding method, or the tokenizer lacks its words or marks."""
     try:
+        check_methods(decoding, engine)
         make_processors(decoding, decoding_context(decoding, tokenizer, 0.0))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}", where) from error
@@ -461,18 +479,32 @@ def evaluation_entropy(
     console: Console,
     *,
     saved: SavedStats | None,
+    row_ids: Sequence[int] | None = None,
     rank: int = 0,
     gather: Gather | None = None,
 ) -> EntropyStats | None:
-    """Statistics for the adaptive temperature of `evaluation.decoding`, None where it needs none."""
+    """Statistics for the adaptive temperature of `evaluation.decoding`, None where it needs none.
+
+    They are of the first `CALIBRATION_ROWS` completions of the whole data set, of which a rank makes those of its rows.
+    """
     options = evaluation_options(recipe, rank)
-    template = options.pop("chat_template_kwargs") or {}
-    samples = options.pop("num_samples")
-    first = [row for row in rows for _ in range(samples)][: options.pop("batch_size")]
+    template, samples = options.pop("chat_template_kwargs") or {}, options.pop("num_samples")
+    names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size", "engine")
+    settings = CompletionSettings(**{name: options.pop(name) for name in names})
+    numbered = zip(range(len(rows)) if row_ids is None else row_ids, rows, strict=True)
+    first = [
+        ((number, sample), row)
+        for number, row in numbered
+        for sample in range(samples)
+        if number * samples + sample < CALIBRATION_ROWS
+    ]
     return calibrate_entropy(
         model,
         tokenizer,
-        [tokenize_prompt(tokenizer, row["prompt"], template) for row in first],
+        [tokenize_prompt(tokenizer, row["prompt"], template) for _, row in first],
+        options.pop("decoding"),
+        settings,
+        places=[place for place, _ in first],
         saved=saved,
         gather=gather,
         say=lambda line: console.print(line, highlight=False, soft_wrap=True),
@@ -500,13 +532,14 @@ def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
     tokenizer = load_tokenizer(recipe.model)
     check_evaluation(recipe, tokenizer)
     model = load_model(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
+    check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
     rows = [splits.heldout[i] for i in range(held_out_rows(recipe, splits.heldout))]
     total = len(rows) * recipe.evaluation.num_samples
     saved = checkpoint_stats(recipe.model.path)
     options = evaluation_options(recipe)
     stats = evaluation_entropy(recipe, model, tokenizer, rows, console, saved=saved)
     with EvaluationBar(console, "evaluation", total, recipe.report.progress) as bar:
-        return evaluate(model, tokenizer, rows, rewards, **options, entropy_stats=stats, on_batch=bar)
+        return evaluate(model, tokenizer, rows, rewards, **options, entropy_stats=stats, on_rows=bar)
 
 
 # Callbacks

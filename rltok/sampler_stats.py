@@ -15,8 +15,8 @@ import torch
 import yaml
 from torch import Tensor
 
+from rltok.complete import Completed, CompletionSettings, complete, needs_entropy_stats
 from rltok.entropy import EntropyStats, Gather, entropy_stats
-from rltok.evaluate import generate_batch, inference, isolated_rng, needs_entropy_stats
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingModule, RolloutProcessor, Rows, row_entropy
 from rltok.sampling.processor import Columns
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 STATE_FILE = "rltok_state_0.pt"
 """Of a checkpoint; all ranks hold the same statistics."""
+CALIBRATION_ROWS = 64
+"""Completions that statistics are taken from: no batch size, so that it does not change what is sampled afterwards."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +84,9 @@ def calibrate_entropy(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[list[int]],
     decoding: Sequence[DecodingModule],
+    settings: CompletionSettings,
     *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
+    places: Sequence[tuple[int, int]] | None = None,
     saved: SavedStats | None = None,
     steering: SteeringConfig | None = None,
     autocast: torch.dtype | None = None,
@@ -97,12 +96,18 @@ def calibrate_entropy(
     """Statistics of log-entropy that `decoding` needs; None if it needs none, as with greedy decoding.
 
     Args:
-        prompts: ids of the prompts of one batch, of this rank; completed once by the plain sampler where `saved` does
-            not serve. The caller's random state stays as it is.
+        prompts: ids of prompts of this rank, about `CALIBRATION_ROWS` on all ranks; each is completed once by the plain
+            sampler where `saved` does not serve. The caller's random state stays as it is.
+        settings: those of the completions to come.
+        places: (prompt, sample) of every prompt, as `rltok.complete.complete` takes them.
         saved: taken where nothing is known to speak against it.
         gather: maps a rank's 1-d tensor to that of all ranks; then every rank must call this. None: one rank.
         say: gets a line that says where the statistics come from.
+
+    Raises:
+        ConfigError: a model that the engine does not serve.
     """
+    temperature = settings.temperature
     if temperature == 0 or not needs_entropy_stats(decoding):
         return None
     module = next(m for m in decoding if isinstance(m, AdaptiveTemperatureConfig))
@@ -111,32 +116,28 @@ def calibrate_entropy(
     if saved is not None and not other:
         say(f"entropy statistics: {int(saved.stats.count)} tokens of {saved.source}")
         return saved.stats
-    with isolated_rng(seed), inference(model, steering, autocast):
-        entropy, mask = _plain_entropies(model, tokenizer, prompts, max_new_tokens, temperature, top_p, top_k)
-    stats = entropy_stats(entropy, mask, module.rho, module.floor, gather)
+    parts = complete(
+        model,
+        tokenizer,
+        prompts,
+        settings,
+        places=places,
+        processors=lambda: [("entropy", _RowEntropy(temperature))],
+        steering=steering,
+        autocast=autocast,
+    )
+    values = [_entropies(part) for part in parts] or [torch.zeros(0, device=model.device)]
+    entropy = torch.cat(values)
+    stats = entropy_stats(entropy, torch.ones_like(entropy, dtype=torch.long), module.rho, module.floor, gather)
     if stats is not None:
         reason = f"; those of {saved.source} are of another {', '.join(other)}" if saved is not None else ""
         say(f"entropy statistics: {int(stats.count)} tokens of a plain first batch, which is thrown away{reason}")
     return stats
 
 
-def _plain_entropies(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float,
-    top_k: int,
-) -> tuple[Tensor, Tensor]:
-    """(B, steps) entropies in nats, and 1 at the tokens of the completions."""
-    if not prompts:
-        empty = torch.zeros(0, 0, device=model.device)
-        return empty, empty
-    recorder = _RowEntropy(temperature)
-    ids = generate_batch(
-        model, tokenizer, list(prompts), max_new_tokens, temperature, top_p, top_k, processors=[recorder]
-    )
-    entropy = recorder.trace()["entropy"]
-    lengths = torch.tensor([len(row) for row in ids], device=entropy.device)
-    return entropy, (torch.arange(entropy.size(1), device=entropy.device) < lengths[:, None]).long()
+def _entropies(part: Completed) -> Tensor:
+    """(N,) entropies in nats of all tokens of the completions."""
+    ((_, recorder),) = part.processors
+    entropy = recorder.trace()["entropy"]  # (B, steps)
+    lengths = torch.tensor([len(row) for row in part.ids], device=entropy.device)
+    return entropy[torch.arange(entropy.size(1), device=entropy.device) < lengths[:, None]]

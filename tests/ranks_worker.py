@@ -85,13 +85,15 @@ class FixedRollouts(CreditTrainer):
         return completions, logps if corrects else None
 
 
-def arrange(ranks: int):
+def arrange(ranks: int, steps: int = STEPS):
+    """Rows of a rollout of `steps` micro-batches in the order in which RANKS ranks would hold them."""
+
     def in_rank_order(rows):
         if ranks == RANKS:
             return rows
         count = len(next(iter(rows.values())))
-        local, micro = count // RANKS, count // RANKS // STEPS
-        order = [r * local + k * micro + j for k in range(STEPS) for r in range(RANKS) for j in range(micro)]
+        local, micro = count // RANKS, count // RANKS // steps
+        order = [r * local + k * micro + j for k in range(steps) for r in range(RANKS) for j in range(micro)]
         return {name: value if value.ndim == 0 else value[order] for name, value in rows.items()}
 
     return in_rank_order

@@ -239,11 +239,14 @@ def test_greedy_is_default_and_sampling_is_seeded(checkpoint: Path, tmp_path: Pa
         assert run_cli(*common, *options) == 0
         return read(tmp_path)[0]["completions"][0]["tokens"]
 
-    greedy = tokens()
-    assert greedy == tokens("--temperature", 0, "--seed", 5) and 1 <= len(greedy) <= 12
-    sampled = tokens("--temperature", 1.5, "--seed", 1)
-    assert sampled == tokens("--temperature", 1.5, "--seed", 1)
-    assert len({tuple(tokens("--temperature", 1.5, "--seed", seed)) for seed in (1, 2, 3)}) > 1
+    greedy, other = tokens(), ("--engine", "transformers")
+    assert greedy == tokens("--temperature", 0, "--seed", 5) == tokens(*other) and 1 <= len(greedy) <= 12
+    for engine in ((), other):
+        sampled = tokens("--temperature", 1.5, "--seed", 1, *engine)
+        assert sampled == tokens("--temperature", 1.5, "--seed", 1, *engine)
+        assert len({tuple(tokens("--temperature", 1.5, "--seed", seed, *engine)) for seed in (1, 2, 3)}) > 1
+    beside = tokens("--temperature", 1.5, "--seed", 1, "--prompt", "a longer one: 2+2=")
+    assert beside == tokens("--temperature", 1.5, "--seed", 1), "the completion of a prompt is its own"
 
 
 # Picture
@@ -346,6 +349,7 @@ ONE = ["--prompt", "1+1="]
         (["--completions", "empty.jsonl"], ["row 2", "'5*5='", "is empty"]),
         (["--completions", "number.jsonl"], ["completion 5 is neither text nor one message"]),
         (["--completions", "rows.jsonl", "--temperature", "1"], ["--temperature 1.0 only goes with --prompt"]),
+        (["--completions", "rows.jsonl", "--engine", "fast"], ["--engine fast only goes with --prompt"]),
         (["--completions", "latin.jsonl"], ["latin.jsonl", "UTF-8"]),
         ([*ONE, "--out", "rows.csv"], ["--out rows.csv: is a file"]),
         ([*ONE, "--rows", "2"], ["--rows 2 only goes with --completions"]),

@@ -70,13 +70,13 @@ def recomputed(trainer, stats, output, temperature):
     return logps
 
 
-@pytest.mark.parametrize("engine", ["transformers", "continuous_batching"])
+@pytest.mark.parametrize("engine", ["fast", "transformers", "continuous_batching"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_recorded_log_probabilities_are_those_of_the_processors(tmp_path, engine, temperature):
-    decoding = [d for d in ALL if engine == "transformers" or d is not FORCING]
-    batching = BATCHING if engine == "continuous_batching" else {}
-    trainer = make(tmp_path, decoding, temperature=temperature, learning_rate=0.0, max_steps=4, **batching)
-    assert engine_of(trainer.args) == engine
+    decoding = [d for d in ALL if engine != "continuous_batching" or d is not FORCING]
+    choice = BATCHING if engine == "continuous_batching" else {"rollout": {"engine": engine}}
+    trainer = make(tmp_path, decoding, temperature=temperature, learning_rate=0.0, max_steps=4, **choice)
+    assert engine_of(trainer.args, trainer.doors.rollout) == engine
     trainer.train()
     assert len(trainer.seen) == 2 and trainer.seen[0][0] is None and trainer.seen[1][0] is not None
     for stats, output in trainer.seen:
@@ -129,18 +129,19 @@ def test_neutral_methods_cost_nothing_and_change_nothing(tmp_path):
         assert torch.equal(a["completion_ids"], b["completion_ids"])
 
 
-def test_evaluation_during_training_samples_plainly(tmp_path, monkeypatch):
+@pytest.mark.parametrize("engine", ["fast", "transformers"])
+def test_evaluation_during_training_samples_plainly(tmp_path, monkeypatch, engine):
     import rltok.trainers.credit_trainer as module
 
     modes = []
-    real = module.controlled
+    real = module.make_processors
 
-    def counting(trainer, *args):
+    def counting(modules, context):
         modes.append(trainer.model.training)
-        return real(trainer, *args)
+        return real(modules, context)
 
-    monkeypatch.setattr(module, "controlled", counting)
-    trainer = make(tmp_path, ALL, per_device_eval_batch_size=4, max_steps=1)
+    monkeypatch.setattr(module, "make_processors", counting)
+    trainer = make(tmp_path, ALL, per_device_eval_batch_size=4, max_steps=1, rollout={"engine": engine})
     trainer.train()
     assert modes == [True]
     trainer.evaluate(eval_dataset=digit_dataset(4))
@@ -181,7 +182,7 @@ def check(decoding, rollout=None, **settings):
     args = CreditConfig(**run_settings("unused", **settings))
     doors = build_doors(None, None, {"decoding": decoding, **(rollout or {})})
     check_doors(doors, args, ["even_reward"])
-    return engine_of(args)
+    return engine_of(args, doors.rollout)
 
 
 def test_every_method_runs_on_vllm_as_far_as_settings_tell():
@@ -235,7 +236,7 @@ def test_a_server_without_processors_stops_every_rank(tmp_path, monkeypatch):
         raise ConfigError("the server has no processors")
 
     monkeypatch.setattr(module, "probe_server", missing)
-    trainer = make(tmp_path, [REFLEX])
+    trainer = make(tmp_path, [REFLEX], rollout={"engine": "transformers"})
     trainer.vllm_generation, trainer.args.use_vllm, trainer.args.vllm_mode = None, True, "server"
     with pytest.raises(ConfigError, match="the server has no processors"):
         check_built(trainer)

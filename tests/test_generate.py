@@ -18,35 +18,29 @@ from rich.console import Console
 from tests_support import build_model, build_tokenizer
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-import rltok.evaluate
+import rltok.complete
 from rltok.attend import read_completions
+from rltok.best_of import choose, reward_set, total_rewards
 from rltok.cli import main
+from rltok.complete import CompletionSettings, complete, completed_ids, end_ids, isolated_rng
 from rltok.config import ConfigError
 from rltok.entropy import EntropyStats, entropy_stats
-from rltok.evaluate import end_ids, evaluate, isolated_rng
-from rltok.generate import (
-    Generated,
-    GenerateOptions,
-    Sampling,
-    choose,
-    fit_context,
-    generate,
-    resolve_sampling,
-    reward_set,
-    run_generate,
-    token_traces,
-    total_rewards,
-)
+from rltok.evaluate import evaluate
+from rltok.generate import GenerateOptions, Sampling, fit_context, resolve_sampling, run_generate
+from rltok.generate import generate as generate_all
+from rltok.generation_files import Generated, token_traces
 from rltok.models import TINY, ModelConfig, load_model, load_tokenizer
 from rltok.prompts import prompt_tokens
 from rltok.recipe import load_decoding, load_recipe
 from rltok.rewards import build_rewards
 from rltok.rollout import build_decoding
-from rltok.run import RunDirectory, evaluate_path, evaluation_options, train
-from rltok.sampler_stats import SavedStats, calibrate_entropy, checkpoint_stats
+from rltok.run import RunDirectory, evaluate_path, evaluation_entropy, evaluation_options, train
+from rltok.sampler_stats import CALIBRATION_ROWS, SavedStats, calibrate_entropy, checkpoint_stats
 from rltok.sampling import (
+    AdaptiveTemperature,
     AdaptiveTemperatureConfig,
     CyclicReflexConfig,
+    CyclicReflexLogitsProcessor,
     DecodingContext,
     RolloutProcessor,
     SampledLogps,
@@ -112,6 +106,14 @@ def asked(*options: object) -> list[object]:
     return ["generate", TINY, *(x for text in QUESTIONS for x in ("--prompt", text)), "--chat", *options]
 
 
+def generate(*args: Any, **options: Any) -> list[Generated]:
+    """Completions without what they cost."""
+    return generate_all(*args, **options).completions
+
+
+ENGINES = pytest.mark.parametrize("engine", ["fast", "transformers"])
+
+
 def plain_generate(model, tokenizer, prompts: Sequence[list[int]], length: int, **sampling: Any) -> list[list[int]]:
     """The ids of transformers' own generate, up to the end token."""
     padded = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
@@ -138,10 +140,12 @@ def step_logits(model, prompt: list[int], ids: list[int]) -> torch.Tensor:
 # What is generated
 
 
-def test_greedy_is_plain_generate_in_the_order_asked(model, tokenizer, prompts) -> None:
+@ENGINES
+def test_greedy_is_plain_generate_in_the_order_asked(model, tokenizer, prompts, engine: str) -> None:
     expected = plain_generate(model, tokenizer, prompts, 40, do_sample=False)
     for batch_size in (1, 3, 16):
-        found = generate(model, tokenizer, prompts, (), Sampling(0.0, max_new_tokens=40, batch_size=batch_size))
+        settings = Sampling(0.0, max_new_tokens=40, batch_size=batch_size, engine=engine)
+        found = generate(model, tokenizer, prompts, (), settings)
         assert [one.ids for one in found] == expected
         assert [one.row for one in found] == [0, 1, 2, 3]
     for prompt, one in zip(prompts, found, strict=True):
@@ -150,8 +154,8 @@ def test_greedy_is_plain_generate_in_the_order_asked(model, tokenizer, prompts) 
         np.testing.assert_allclose(one.columns["logp"], [float(logps[t, i]) for t, i in enumerate(one.ids)], atol=1e-5)
 
 
-def test_sampling_is_plain_generate_with_the_same_seed(model, tokenizer, prompts) -> None:
-    settings = Sampling(0.7, 0.9, 20, max_new_tokens=30, seed=5)
+def test_sampling_of_transformers_is_plain_generate_with_the_same_seed(model, tokenizer, prompts) -> None:
+    settings = Sampling(0.7, 0.9, 20, max_new_tokens=30, seed=5, engine="transformers")
     assert len({len(prompt) for prompt in prompts}) == 4, "batches are sorted by length"
     order = sorted(range(4), key=lambda i: -len(prompts[i]))
     with isolated_rng(5):
@@ -163,9 +167,31 @@ def test_sampling_is_plain_generate_with_the_same_seed(model, tokenizer, prompts
     assert generate(model, tokenizer, prompts, (), replace(settings, seed=6)) != found
 
 
+def test_a_sampled_completion_depends_on_seed_prompt_and_number_alone(model, tokenizer, prompts) -> None:
+    modules = build_decoding([WAVE, WARM], "decoding")
+    settings = Sampling(0.7, 0.9, 20, max_new_tokens=30, seed=5, num_samples=3)
+    whole = generate(model, tokenizer, prompts, modules, settings, entropy_stats=STATS)
+    assert len({tuple(one.ids) for one in whole}) >= 8
+    for batch_size in (1, 5, 64):
+        found = generate(
+            model, tokenizer, prompts, modules, replace(settings, batch_size=batch_size), entropy_stats=STATS
+        )
+        assert [one.ids for one in found] == [one.ids for one in whole]
+        for one, other in zip(found, whole, strict=True):
+            for name in ("logp", "temperature", "wave", "entropy"):
+                np.testing.assert_allclose(one.columns[name], other.columns[name], atol=1e-4)
+    fewer = replace(settings, num_samples=2, max_new_tokens=12)
+    first = generate(model, tokenizer, prompts[:3], modules, fewer, entropy_stats=STATS)
+    expected = [one.ids[:12] for one in whole if one.row < 3 and one.sample < 2]
+    assert [one.ids for one in first] == expected, "more prompts, samples and tokens change nothing before them"
+    other = generate(model, tokenizer, prompts, modules, replace(settings, seed=6), entropy_stats=STATS)
+    assert [one.ids for one in other] != [one.ids for one in whole]
+
+
+@ENGINES
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_strength_zero_changes_no_bit(model, tokenizer, prompts, temperature: float) -> None:
-    settings = Sampling(temperature, max_new_tokens=30, num_samples=3, batch_size=5)
+def test_strength_zero_changes_no_bit(model, tokenizer, prompts, temperature: float, engine: str) -> None:
+    settings = Sampling(temperature, max_new_tokens=30, num_samples=3, batch_size=5, engine=engine)
 
     def ids_and_logps(*sections: Mapping[str, Any]) -> list[Any]:
         modules = build_decoding(sections, "decoding")
@@ -188,8 +214,9 @@ def test_random_state_and_mode_are_as_before(model, tokenizer, prompts) -> None:
     model.eval()
 
 
+@ENGINES
 def test_recorded_values_equal_the_pure_functions(
-    tokenizer, tmp_path: Path, decoding_file: Path, monkeypatch: pytest.MonkeyPatch
+    tokenizer, tmp_path: Path, decoding_file: Path, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     """The files of a whole call, recomputed from the model's logits alone: nothing but the written settings is used.
 
@@ -199,10 +226,12 @@ def test_recorded_values_equal_the_pure_functions(
     monkeypatch.setattr("rltok.generate.load_policy", lambda config: model)
     out = tmp_path / "out"
     sampling = ["--temperature", 0.7, "--top-k", 20, "--top-p", 0.9, "--num-samples", 3, "--batch-size", 5, "--seed", 2]
+    sampling += ["--engine", engine]
     assert run_cli(*asked("--decoding", decoding_file, *sampling, "--out", out, "--max-new-tokens", 40)) == 0
     lines, table, facts = made(out)
     stats = EntropyStats(*map(torch.tensor, facts["entropy_stats"]))
     modules = build_decoding(facts["decoding"], "decoding")
+    assert facts["sampling"]["engine"] == engine and (facts["cost"] is None) == (engine == "transformers")
     assert [item["type"] for item in facts["decoding"]] == ["cyclic_reflex", "adaptive_temperature"]
     assert facts["decoding"][0]["period"] == 9.0 and facts["decoding"][0]["variants"] == "bare"
     context = DecodingContext(0.7, stats, tokenizer)
@@ -274,7 +303,9 @@ def test_files_are_complete(tmp_path: Path, tokenizer, capsys: pytest.CaptureFix
         assert run_cli(*asked("--temperature", 0, "--max-new-tokens", 12, "--out", out)) == 0
     shown = capsys.readouterr().out
     assert QUESTIONS[0] in shown and "generations.jsonl" in shown
+    assert "tokens/s; prompt tokens computed once: 0 saved" in shown
     lines, table, facts = made(out)
+    assert facts["cost"]["tokens"] == facts["tokens"] and facts["cost"]["live_share"] == 1
     assert list(table.columns) == ["completion", "position", "token_id", "token", "logp", "temperature", "wave"]
     assert table["temperature"].isna().all() and (table["wave"] == 0).all() and table["logp"].notna().all()
     assert [line["prompt"][0]["content"] for line in lines] == list(QUESTIONS)
@@ -318,6 +349,53 @@ def test_console_shows_text_of_the_model_as_it_is(capsys: pytest.CaptureFixture[
     assert prompt in shown and "[red]out" in shown.replace("\n", "")
 
 
+@ENGINES
+def test_stop_texts_and_the_least_length(model, tokenizer, tmp_path: Path, engine: str) -> None:
+    """A completion ends with the first stop text, which it holds; no end token comes before the least length."""
+    out, common = tmp_path / "out", ["--temperature", 0, "--max-new-tokens", 40, "--engine", engine]
+    assert run_cli(*asked(*common, "--out", out)) == 0
+    plain = made(out)[0]
+    stops = ["--stop", "</think>", "--stop", ";"]
+    assert run_cli(*asked(*common, *stops, "--out", out)) == 0
+    lines, table, facts = made(out)
+    assert facts["sampling"]["stop_strings"] == ["</think>", ";"] and facts["sampling"]["min_new_tokens"] == 0
+    cut = 0
+    for line, whole in zip(lines, plain, strict=True):
+        text = tokenizer.decode(line["token_ids"])
+        stopped = [stop for stop in ("</think>", ";") if stop in text]
+        assert line["token_ids"] == whole["token_ids"][: line["length"]]
+        assert (table["completion"] == line["index"]).sum() == line["length"]
+        assert line["ended"] and (
+            text.rstrip().endswith(tuple(stopped)) if stopped else line["length"] == whole["length"]
+        )
+        cut += line["length"] < whole["length"]
+        before = tokenizer.decode(line["token_ids"][:-1])
+        assert not any(stop in before for stop in stopped), "the first one ends it"
+    assert cut == 2
+    limit = min(line["length"] for line in lines if line["length"] < 40 and line["completion"].endswith(";"))
+    common[3] = limit
+    assert run_cli(*asked(*common, *stops, "--out", out)) == 0
+    ends = [(line["length"], line["ended"]) for line in made(out)[0]]
+    assert (limit, True) in ends and (limit, False) in ends, "at the limit the text tells"
+    common[3] = 40
+    assert run_cli(*asked(*common, "--stop", "<|assistant|><think>", "--out", out)) == 0
+    (across,) = {(line["length"], line["ended"]) for line in made(out)[0] if line["tokens"][0] == "<think>"}
+    assert across == (1, True), "a stop text may begin in the prompt"
+    longest = max(line["length"] for line in plain if line["ended"])
+    assert run_cli(*asked(*common, "--min-new-tokens", longest + 2, "--out", out)) == 0
+    lines, _, facts = made(out)
+    assert facts["sampling"]["min_new_tokens"] == longest + 2 and min(line["length"] for line in lines) > longest + 1
+    assert all(tokenizer.eos_token_id not in line["token_ids"][: longest + 2] for line in lines)
+
+
+def test_engine_of_the_recipe_unless_it_is_given(tmp_path: Path) -> None:
+    changed = load_recipe("demo", ["rollout.engine=transformers"])
+    options = GenerateOptions(TINY, "demo", prompts=("a",), out=tmp_path)
+    assert resolve_sampling(options, changed).engine == "transformers"
+    assert resolve_sampling(replace(options, engine="fast"), changed).engine == "fast"
+    assert resolve_sampling(options, load_recipe("demo")).engine == "fast" == resolve_sampling(options, None).engine
+
+
 # Best of N
 
 
@@ -338,12 +416,14 @@ def test_best_of_n(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     reward = ["--best-of", 4, "--reward", f"{function}:shortness", "--out", out, "--max-new-tokens", 30]
     assert run_cli(*asked(*reward)) == 0
     lines, _, facts = made(out)
+    varied = 0
     assert len(lines) == 16 and facts["best_of"] == 4
     for row in range(4):
         group = [line for line in lines if line["row"] == row]
         lengths = [line["length"] for line in group]
         assert [line["chosen"] for line in group] == [i == lengths.index(min(lengths)) for i in range(4)]
-        assert len(set(lengths)) > 1
+        varied += len(set(lengths)) > 1
+    assert varied >= 3
     rewards = [line["reward"] for line in lines]
     assert facts["means"]["total"] == pytest.approx(np.mean(rewards))
     chosen = [line["reward"] for line in lines if line["chosen"]]
@@ -395,6 +475,8 @@ def test_completion_length_fits_the_context(model, prompts) -> None:
     assert fit_context(Sampling(max_new_tokens=room), prompts, model, has_length=True).max_new_tokens == room
     with pytest.raises(ConfigError, match=f"at most --max-new-tokens {room}"):
         fit_context(Sampling(max_new_tokens=room + 1), prompts, model, has_length=True)
+    with pytest.raises(ConfigError, match=f"--min-new-tokens {room + 1}: completions have at most {room}"):
+        fit_context(Sampling(max_new_tokens=10_000, min_new_tokens=room + 1), prompts, model, has_length=False)
     with pytest.raises(ConfigError, match="shorter prompts"):
         fit_context(Sampling(), [[5] * 256], model, has_length=False)
 
@@ -461,11 +543,9 @@ def test_evaluation_without_decoding_is_plain_generate(model, tokenizer, monkeyp
     def never(*_: object, **__: object) -> None:
         raise AssertionError("sampling_control without decoding")
 
-    monkeypatch.setattr(rltok.evaluate, "sampling_control", never)
-    rows = held_out()
-    found = evaluate(
-        model, tokenizer, rows, build_rewards(LENGTH), max_new_tokens=15, batch_size=6, temperature=0.8, seed=4
-    )
+    monkeypatch.setattr(rltok.complete, "sampling_control", never)
+    rows, options = held_out(), {"max_new_tokens": 15, "batch_size": 6, "temperature": 0.8, "seed": 4}
+    found = evaluate(model, tokenizer, rows, build_rewards(LENGTH), **options, engine="transformers")
     prompts = [prompt_tokens(tokenizer, row["prompt"])[1] for row in rows]
     order = sorted(range(6), key=lambda i: -len(prompts[i]))
     with isolated_rng(4):
@@ -475,34 +555,37 @@ def test_evaluation_without_decoding_is_plain_generate(model, tokenizer, monkeyp
     assert [found.rows[i]["completion"] for i in order] == texts
 
 
-def test_rollout_decoding_is_never_used_in_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+@ENGINES
+def test_rollout_decoding_is_never_used_in_evaluation(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
+    settings = [*EVALUATION, f"rollout.engine={engine}"]
     calls: list[str] = []
-    original = RolloutProcessor.__call__
+    for processor in (CyclicReflexLogitsProcessor, AdaptiveTemperature):
 
-    def noted(self: RolloutProcessor, *args: Any) -> torch.Tensor:
-        calls.append(type(self).__name__)
-        return original(self, *args)
+        def noted(self: RolloutProcessor, *args: Any, original: Any = processor.apply) -> torch.Tensor:
+            calls.append(type(self).__name__)
+            return original(self, *args)
 
-    monkeypatch.setattr(RolloutProcessor, "__call__", noted)
+        monkeypatch.setattr(processor, "apply", noted)
     rollout = f"rollout.decoding={json.dumps([WAVE | {'amplitude': 8.0}, WARM])}"
-    plain = evaluate_path(load_recipe("dapo", EVALUATION), Console(quiet=True))
-    trained_so = evaluate_path(load_recipe("dapo", [*EVALUATION, rollout]), Console(quiet=True))
+    plain = evaluate_path(load_recipe("dapo", settings), Console(quiet=True))
+    trained_so = evaluate_path(load_recipe("dapo", [*settings, rollout]), Console(quiet=True))
     assert trained_so == plain and calls == []
-    asked_for = evaluate_path(load_recipe("dapo", ASKED), Console(quiet=True))
-    assert {"CyclicReflexLogitsProcessor", "AdaptiveTemperature"} <= set(calls)
+    asked_for = evaluate_path(load_recipe("dapo", [*ASKED, settings[-1]]), Console(quiet=True))
+    assert {"CyclicReflexLogitsProcessor", "AdaptiveTemperature"} == set(calls)
     assert asked_for.rows != plain.rows
     neutral = [WAVE | {"amplitude": 0.0}, WARM | {"tau": 0.0}]
-    off = load_recipe("dapo", [*EVALUATION, f"evaluation.decoding={json.dumps(neutral)}"])
+    off = load_recipe("dapo", [*settings, f"evaluation.decoding={json.dumps(neutral)}"])
     assert evaluate_path(off, Console(quiet=True)) == plain
 
 
-def test_evaluation_with_decoding_equals_generation_with_it(model, tokenizer) -> None:
+@ENGINES
+def test_evaluation_with_decoding_equals_generation_with_it(model, tokenizer, engine: str) -> None:
     """Two ways to the same completions: same seed, same processors, same statistics."""
     rows, modules = held_out(), build_decoding([WAVE, WARM], "decoding")
-    options = {"max_new_tokens": 15, "batch_size": 4, "temperature": 0.8, "num_samples": 2, "seed": 3}
+    options = {"max_new_tokens": 15, "batch_size": 4, "temperature": 0.8, "num_samples": 2, "seed": 3, "engine": engine}
     found = evaluate(model, tokenizer, rows, build_rewards(LENGTH), **options, decoding=modules, entropy_stats=STATS)
     prompts = [prompt_tokens(tokenizer, row["prompt"])[1] for row in rows]
-    settings = Sampling(0.8, max_new_tokens=15, batch_size=4, num_samples=2, seed=3)
+    settings = Sampling(0.8, **{name: value for name, value in options.items() if name != "temperature"})
     ids = [one.ids for one in generate(model, tokenizer, prompts, modules, settings, entropy_stats=STATS)]
     assert [row["completion"] for row in found.rows] == tokenizer.batch_decode(ids, skip_special_tokens=True)
 
@@ -592,16 +675,20 @@ def test_evaluation_that_cannot_run_stops_before_the_model_is_loaded(
 # Statistics of the entropy
 
 
-def test_statistics_are_those_of_a_plain_batch(model, tokenizer, prompts) -> None:
+@ENGINES
+def test_statistics_are_those_of_a_plain_batch(model, tokenizer, prompts, engine: str) -> None:
     said: list[str] = []
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    options = {"max_new_tokens": 20, "temperature": 0.8, "top_p": 0.9, "top_k": 30, "seed": 6}
+    settings = CompletionSettings(20, 0.8, 0.9, 30, seed=6, engine=engine)
     modules = build_decoding([WAVE, WARM | {"rho": 0.6}], "decoding")
-    found = calibrate_entropy(model, tokenizer, prompts, modules, **options, say=said.append)
+    found = calibrate_entropy(model, tokenizer, prompts, modules, settings, say=said.append)
     assert torch.equal(torch.get_rng_state(), state)
-    with isolated_rng(6):
-        ids = plain_generate(model, tokenizer, prompts, 20, do_sample=True, temperature=0.8, top_p=0.9, top_k=30)
+    ids = completed_ids(complete(model, tokenizer, prompts, settings))
+    if engine == "fast":
+        few = replace(settings, batch_size=2)
+        again = calibrate_entropy(model, tokenizer, prompts, modules, few)
+        torch.testing.assert_close(torch.stack([*again]), torch.stack([*found]), rtol=1e-4, atol=1e-4)
     entropy = [row_entropy(step_logits(model, p, i), 0.8) for p, i in zip(prompts, ids, strict=True)]
     expected = entropy_stats(torch.cat(entropy), torch.ones(sum(map(len, ids))), 0.6)
     assert len({len(i) for i in ids}) > 1, "what is after a row's end must not count"
@@ -613,7 +700,7 @@ def test_statistics_are_those_of_a_plain_batch(model, tokenizer, prompts) -> Non
 def test_statistics_are_not_made_where_nothing_reads_them(model, tokenizer, prompts) -> None:
     for sections, temperature in (([WAVE], 1.0), ([WARM], 0.0), ([WARM | {"tau": 0.0}], 1.0), ([], 1.0)):
         modules = build_decoding(sections, "decoding")
-        assert calibrate_entropy(model, tokenizer, prompts, modules, max_new_tokens=2, temperature=temperature) is None
+        assert calibrate_entropy(model, tokenizer, prompts, modules, CompletionSettings(2, temperature)) is None
 
 
 def test_statistics_of_a_checkpoint_serve_where_they_hold(model, tokenizer, prompts, tmp_path: Path) -> None:
@@ -633,8 +720,8 @@ def test_statistics_of_a_checkpoint_serve_where_they_hold(model, tokenizer, prom
     def found(saved: SavedStats | None, temperature: float = 0.8, **change: float) -> tuple[Any, str]:
         said: list[str] = []
         modules = build_decoding([WARM | change], "decoding")
-        options = {"max_new_tokens": 4, "temperature": temperature, "saved": saved, "say": said.append}
-        return calibrate_entropy(model, tokenizer, prompts, modules, **options), said[0]
+        settings = CompletionSettings(4, temperature)
+        return calibrate_entropy(model, tokenizer, prompts, modules, settings, saved=saved, say=said.append), said[0]
 
     for known in (saved, unknown):
         stats, said = found(known)
@@ -646,17 +733,39 @@ def test_statistics_of_a_checkpoint_serve_where_they_hold(model, tokenizer, prom
 
 def test_ranks_share_their_statistics(model, tokenizer, prompts) -> None:
     """A rank without rows takes part; all ranks get the statistics of all tokens."""
-    modules, options = build_decoding([WARM], "decoding"), {"max_new_tokens": 6, "temperature": 1.0}
+    modules, settings = build_decoding([WARM], "decoding"), CompletionSettings(6)
     alone: list[torch.Tensor] = []
 
     def note(values: torch.Tensor) -> torch.Tensor:
         alone.append(values)
         return values
 
-    whole = calibrate_entropy(model, tokenizer, prompts, modules, **options, gather=note)
-    empty = calibrate_entropy(model, tokenizer, [], modules, **options, gather=lambda own: torch.cat([own, alone[0]]))
+    whole = calibrate_entropy(model, tokenizer, prompts, modules, settings, gather=note)
+    empty = calibrate_entropy(model, tokenizer, [], modules, settings, gather=lambda own: torch.cat([own, alone[0]]))
     assert [*whole] == [*empty]
-    assert calibrate_entropy(model, tokenizer, [], modules, **options) is None
+    assert calibrate_entropy(model, tokenizer, [], modules, settings) is None
+
+
+def test_shares_of_an_evaluation_have_the_statistics_of_the_whole(model, tokenizer) -> None:
+    """Two processes calibrate on the completions that one process would take, however many rows there are."""
+    rows, sampled = held_out(50), "evaluation.num_samples=2"
+    recipe = load_recipe("dapo", [*ASKED, sampled, "evaluation.max_new_tokens=6", "evaluation.batch_size=7"])
+    console = Console(quiet=True)
+    whole = evaluation_entropy(recipe, model, tokenizer, rows, console, saved=None)
+    known: list[torch.Tensor] = []
+
+    def gather(values: torch.Tensor) -> torch.Tensor:
+        known.append(values)
+        return torch.cat(known)
+
+    for rank in (0, 1):
+        mine = list(range(rank, 50, 2))
+        share = [rows[i] for i in mine]
+        options = {"saved": None, "row_ids": mine, "rank": rank, "gather": gather}
+        found = evaluation_entropy(recipe, model, tokenizer, share, console, **options)
+    assert 64 < int(whole.count) <= CALIBRATION_ROWS * 6, "of 100 completions the first ones"
+    assert int(found.count) == int(whole.count) and len(known) == 2 and min(map(len, known)) > 0
+    torch.testing.assert_close(torch.stack([*found][:4]), torch.stack([*whole][:4]), rtol=1e-4, atol=1e-4)
 
 
 # The recorder
@@ -717,6 +826,9 @@ ONE = ["--prompt", "so "]
         ([*ONE, "--temperature", "nan"], ["--temperature nan must be"]),
         ([*ONE, "--top-p", "0"], ["--top-p 0.0 must be > 0 and <= 1"]),
         ([*ONE, "--top-k", "-1"], ["--top-k -1 must be >= 0"]),
+        ([*ONE, "--stop", ""], ["--stop ''"]),
+        ([*ONE, "--min-new-tokens", "9", "--max-new-tokens", "8"], ["--min-new-tokens 9", "at most 8 tokens"]),
+        ([*ONE, "--min-new-tokens", "-1"], ["--min-new-tokens -1 must be >= 0"]),
         ([*ONE, "--batch-size", "0"], ["--batch-size 0 must be >= 1"]),
         ([*ONE, "--out", "short.yaml"], ["--out short.yaml: is a file"]),
         (["--prompts", "no.jsonl"], ["--prompts no.jsonl: there is no such file"]),
@@ -779,3 +891,21 @@ def test_character_model_without_template_and_random_weights(tmp_path: Path) -> 
     assert made(tmp_path / "out")[0][0]["length"] <= 6
     with pytest.raises(ConfigError, match="no chat template"):
         run_generate(replace(options, chat=True), Console(quiet=True))
+    with pytest.raises(ConfigError, match="--stop '2': this tokenizer does not turn single tokens into text"):
+        run_generate(replace(options, stop=("2",)), Console(quiet=True))
+
+
+def test_a_method_that_the_engine_cannot_run_is_refused(
+    tmp_path: Path, decoding_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rltok.generate.load_policy", lambda config: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(CyclicReflexConfig, "engines", ("transformers", "vllm_server"))
+    options = GenerateOptions(TINY, str(decoding_file), prompts=("so ",), out=tmp_path / "out")
+    words = "--decoding .*decoding.yaml: cyclic_reflex does not run on the engine 'fast'; it runs on transformers"
+    with pytest.raises(ConfigError, match=words):
+        run_generate(options, Console(quiet=True))
+    recipe = load_recipe("dapo", ASKED)
+    with pytest.raises(ConfigError, match="evaluation.decoding: cyclic_reflex does not run on the engine 'fast'"):
+        evaluate_path(recipe, Console(quiet=True))
+    with pytest.raises(BaseException, match="the model was loaded"):
+        run_generate(replace(options, engine="transformers"), Console(quiet=True))

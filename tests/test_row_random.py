@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from rltok.fast import draw, row_key, uniforms
+from rltok.fast.row_random import largest, pick, streams, uniforms_of
 
 GOLDEN_KEYS = [2391539541053276776, 1825234068690658839, 7356312866314379522, 1188333644505025273]
 GOLDEN_UNIFORMS = [0.6524484863740322, 0.9435642308648544, 0.510562089893682, 0.7480227189628226]
@@ -156,3 +157,30 @@ def test_rows_without_a_distribution_are_refused(value):
     scores[1] = value
     with pytest.raises(ValueError, match="row 1 of the scores has the maximum"):
         draw(scores, torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("vocabulary", [5, 256, 257, 5000])
+def test_a_pick_knows_its_log_probability_and_does_not_wait(vocabulary):
+    generator = torch.Generator().manual_seed(vocabulary)
+    scores = 4 * torch.randn(40, vocabulary, generator=generator)
+    scores[:, 2] = -torch.inf
+    scores[3, 1:] = -torch.inf  # certain
+    scores[5], scores[6, 0], scores[7, 4] = -torch.inf, torch.nan, torch.inf
+    given = scores.clone()
+    impossible = torch.zeros(40, dtype=torch.bool).index_fill_(0, torch.tensor([5, 6, 7]), True)
+    expected = scores.double().log_softmax(dim=-1)
+    for u in (None, torch.rand(40, generator=generator, dtype=torch.float64)):
+        tokens, logps = pick(scores, u)
+        assert torch.equal(tokens < 0, impossible)
+        fine = ~impossible
+        own = expected[fine].gather(1, tokens[fine, None]).squeeze(1)
+        torch.testing.assert_close(logps[fine].double(), own, rtol=1e-6, atol=1e-6)
+        assert logps.dtype == torch.float32 and logps[3] == 0
+        assert torch.equal(tokens[fine], scores[fine].argmax(-1) if u is None else draw(scores[fine], u[fine]))
+    assert torch.equal(largest(scores), pick(scores, None)[0])
+    torch.testing.assert_close(scores, given, rtol=0, atol=0, equal_nan=True)
+
+
+def test_streams_are_the_part_that_stays():
+    keys, positions = hashed_keys(64), torch.arange(64) % 7
+    assert torch.equal(uniforms_of(streams(keys), positions), uniforms(keys, positions))

@@ -85,10 +85,27 @@ NEUTRAL = {
 
 @pytest.mark.parametrize("case", NEUTRAL)
 def test_neutral_settings_are_dapo_bit_for_bit(tmp_path, trl_run, case):
-    trainer = train(tmp_path, max_steps=5, delta=10.0, **NEUTRAL[case])
+    """On TRL's own sampler, TRL's own parameters."""
+    doors = NEUTRAL[case]
+    rollout = doors.get("rollout", {}) | {"engine": "transformers"}
+    trainer = train(tmp_path, max_steps=5, delta=10.0, **{**doors, "rollout": rollout})
     assert min(logged(trainer, "ratio")) < 1 - 1e-4, "several updates per rollout"
     for name, value in parameters(trainer).items():
         assert torch.equal(value, trl_run[name]), name
+
+
+@pytest.fixture(scope="module")
+def fast_run(tmp_path_factory):
+    """The same with the engine `fast` and no other door."""
+    return parameters(train(tmp_path_factory.mktemp("fast"), max_steps=5, delta=10.0))
+
+
+@pytest.mark.parametrize("case", [case for case, doors in NEUTRAL.items() if "rollout" in doors])
+def test_neutral_rollouts_on_our_engine_change_no_bit(tmp_path, fast_run, trl_run, case):
+    found = parameters(train(tmp_path, max_steps=5, delta=10.0, **NEUTRAL[case]))
+    for name, value in found.items():
+        assert torch.equal(value, fast_run[name]), name
+    assert not all(torch.equal(value, trl_run[name]) for name, value in found.items()), "other samples than TRL's"
 
 
 ACTIVE = {
@@ -228,7 +245,9 @@ def test_evaluation_samples_plainly_with_groups_of_one(tmp_path):
     evaluation = {"num_generations_eval": 1, "per_device_eval_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
     trainer = train(tmp_path, eval_dataset=digit_dataset(6), **evaluation, **HAPO_DOORS)
     assert logged(trainer, "eval_reward") and all(math.isfinite(v) for v in logged(trainer, "eval_loss"))
-    assert not any(key.startswith("eval_rollout/") for entry in trainer.state.log_history for key in entry)
+    shown = {key for entry in trainer.state.log_history for key in entry if key.startswith("eval_rollout/")}
+    costs = ("tokens_per_second", "live_share", "prefill_tokens", "prefill_tokens_saved", "peak_cache_bytes")
+    assert shown == {f"eval_rollout/{name}" for name in costs}, "of no decoding method"
 
 
 def test_dynamic_sampling_trains_on_mixed_groups_only(tmp_path):

@@ -9,13 +9,17 @@ before, without gaps, and what is left of its first token is padding. A distance
 tokens, so transformers' own causal and sliding-window masks are exact with one 2-D mask of the padding, in whatever
 step a row joined. A sliding layer keeps the last window - 1 columns, as many as its mask can reach.
 
-A row leaves by putting the last row into its place, so what is copied is one row for each that left.
+A row leaves by putting the last row into its place, so what is copied is one row for each that left. Buffers are
+renewed one after the other, keys and values of a layer apart, so there is never a second copy of more than one of them.
+
+`RowCache` is what the loop asks of a cache: another one, such as a policy that forgets tokens, is passed as `cache` to
+`generate_rows`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +29,61 @@ SERVED = ("full_attention", "sliding_attention")
 """layer types, as transformers names them, whose cache is keys and values of past tokens alone"""
 
 KeysValues = tuple[Tensor, Tensor]
+Entry = Sequence[tuple[Tensor, ...]]
+"""What a cache holds of one row: tensors without an entry per row, layer by layer."""
+
+
+class RowCache(Protocol):
+    """What the loop uses of a cache, besides transformers' own Cache interface, which the model uses.
+
+    The loop makes one for its rows and one for every batch of prompts that it computes: `factory(config, rows,
+    block=...)`, config of the decoder, rows in the batch at first, columns by which to grow. Columns are those of the
+    batch, also where a policy holds fewer: `get_seq_length` is `seen`, and `get_mask_sizes` must fit a mask of
+    `seen + q` columns. Rows are aligned at the right.
+    """
+
+    @property
+    def seen(self) -> int:
+        """Columns of the batch so far, W."""
+
+    def of_row(self, row: int, length: int) -> Entry:
+        """What is held of a row's newest `length` tokens, for `insert`; may be views, which the loop clones to keep."""
+
+    def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int) -> None:
+        """New rows behind the others, so many copies of each entry; afterwards `seen` columns, no fewer than before."""
+
+    def keep(self, moves: Sequence[tuple[int, int]], rows: int) -> None:
+        """Copy row a into place b for every (a, b), then use the first `rows` places only; rows may be 0."""
+
+    def trim(self, seen: int) -> None:
+        """Forget all but the newest `seen` columns, which hold all tokens of all rows."""
+
+    def reserve(self, rows: int) -> None:
+        """So many rows may be in use at once from now on; memory for them may be taken at once."""
+
+    def take_peak(self) -> int:
+        """Bytes: the largest size of all its tensors since the last call, with second copies made meanwhile."""
+
+
+class Size:
+    """Bytes of buffers now, and at most."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        """A buffer was copied into a new one, and both were there."""
+        self.beside(new.nbytes)
+        self.now += new.nbytes - old.nbytes
+
+    def beside(self, nbytes: int) -> None:
+        """So many bytes were there for a moment, beside the buffers."""
+        self.peak = max(self.peak, self.now + nbytes)
+
+    def take_peak(self) -> int:
+        """The peak since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
 
 
 class BlockLayer(CacheLayerMixin):
@@ -34,10 +93,12 @@ class BlockLayer(CacheLayerMixin):
         rows: places in use.
         block: columns by which the buffer grows.
         window: sliding window in tokens, the newest one included; None: full attention.
+        size: counts the bytes, of several layers together; None: of this one.
     """
 
-    def __init__(self, rows: int, block: int, window: int | None = None) -> None:
+    def __init__(self, rows: int, block: int, window: int | None = None, size: Size | None = None) -> None:
         super().__init__()
+        self.size = Size() if size is None else size
         self.rows, self.block, self.window = rows, block, window
         self.is_sliding = window is not None
         self.start = self.end = self.seen = 0
@@ -45,9 +106,11 @@ class BlockLayer(CacheLayerMixin):
         """places kept free for rows to come when the buffer is renewed"""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """An empty buffer with the heads and the dtype of these states."""
-        self.keys, self.values = (x.new_zeros(0, x.size(1), 0, x.size(3)) for x in (key_states, value_states))
-        self.dtype, self.device = key_states.dtype, key_states.device
+        """An empty buffer with the heads and the dtype of these states, under autocast with the dtype that attends."""
+        self.keys, self.values = (
+            x.new_zeros(0, x.size(1), 0, x.size(3), dtype=_attended_dtype(x)) for x in (key_states, value_states)
+        )
+        self.dtype, self.device = self.keys.dtype, key_states.device
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> KeysValues:
@@ -74,7 +137,7 @@ class BlockLayer(CacheLayerMixin):
         first = max(self.start, self.end - length)
         return self.keys[row, :, first : self.end], self.values[row, :, first : self.end]
 
-    def insert(self, entries: Sequence[KeysValues], copies: Sequence[int], seen: int) -> None:
+    def insert(self, entries: Sequence[tuple[Tensor, ...]], copies: Sequence[int], seen: int) -> None:
         """New rows behind the others: so many copies of each entry, which is what `of_row` gave.
 
         Columns in use afterwards are `seen`, no fewer than before.
@@ -98,17 +161,15 @@ class BlockLayer(CacheLayerMixin):
             held = slice(self.start, self.end)
             source, target = (torch.tensor(side, device=self.device) for side in zip(*moves, strict=True))
             for x in (self.keys, self.values):
-                x[:, :, held].index_copy_(0, target, x[:, :, held].index_select(0, source))
+                moved = x[:, :, held].index_select(0, source)
+                self.size.beside(moved.nbytes)
+                x[:, :, held].index_copy_(0, target, moved)
         self.rows = rows
 
     def trim(self, seen: int) -> None:
         """Forget all but the newest `seen` columns."""
         self.seen = seen
         self.start = max(self.start, self.end - seen)
-
-    def nbytes(self) -> int:
-        """Size of both buffers."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Columns that the next update returns, and the number of the first of them."""
@@ -143,6 +204,7 @@ class BlockLayer(CacheLayerMixin):
         # zeros, not empty memory: masked padding must be finite
         new = old.new_zeros(places, old.size(1), columns, old.size(3))
         new[: held.size(0), :, left : left + held.size(2)] = held
+        self.size.replaced(old, new)
         return new
 
 
@@ -161,7 +223,8 @@ class BlockCache(Cache):
     layers: list[BlockLayer]
 
     def __init__(self, config: Any, rows: int = 0, block: int = 128) -> None:
-        super().__init__(layers=[BlockLayer(rows, block, window) for window in layer_windows(config)])
+        self.size = Size()
+        super().__init__(layers=[BlockLayer(rows, block, window, self.size) for window in layer_windows(config)])
 
     @property
     def seen(self) -> int:
@@ -173,15 +236,15 @@ class BlockCache(Cache):
         """Rows in use, B."""
         return self.layers[0].rows
 
-    def nbytes(self) -> int:
-        """Size of all buffers."""
-        return sum(layer.nbytes() for layer in self.layers)
+    def take_peak(self) -> int:
+        """Bytes: the largest size of all buffers since the last call, with second copies made meanwhile."""
+        return self.size.take_peak()
 
-    def of_row(self, row: int, length: int) -> list[KeysValues]:
+    def of_row(self, row: int, length: int) -> Entry:
         """Views of a row's newest `length` tokens, layer by layer."""
         return [layer.of_row(row, length) for layer in self.layers]
 
-    def insert(self, entries: Sequence[Sequence[KeysValues]], copies: Sequence[int], seen: int) -> None:
+    def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int) -> None:
         """New rows behind the others, so many copies of each entry; `seen` columns are in use afterwards."""
         for index, layer in enumerate(self.layers):
             layer.insert([entry[index] for entry in entries], copies, seen)
@@ -200,6 +263,13 @@ class BlockCache(Cache):
         """Places to hold free for rows to come."""
         for layer in self.layers:
             layer.reserve = rows
+
+
+def _attended_dtype(states: Tensor) -> torch.dtype:
+    """Rotary positions raise keys to float32, and autocast lowers them again in every product: once is enough."""
+    device = states.device.type
+    lowers = torch.is_autocast_enabled(device) and states.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    return torch.get_autocast_dtype(device) if lowers else states.dtype
 
 
 def layer_windows(config: Any) -> list[int | None]:

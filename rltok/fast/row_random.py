@@ -26,6 +26,8 @@ DIGITS = 53
 """bits of a uniform number, all that float64 holds"""
 BLOCK = 256
 """tokens whose weights are summed at once when a token is drawn"""
+BELOW_ONE = 1 - 2.0**-52
+"""a factor that makes every positive float64 less"""
 
 
 def row_key(seed: int, step: int, prompt_id: int | str, completion: int) -> int:
@@ -57,8 +59,17 @@ def uniforms(keys: Tensor, position: Tensor) -> Tensor:
             f"keys are {keys.dtype} of shape {tuple(keys.shape)}, position {position.dtype} of shape "
             f"{tuple(position.shape)}: both must be torch.int64 of one shape"
         )
-    golden = _signed(GOLDEN)
-    words = _mix_tensor(_mix_tensor(keys + golden) + (position + 1) * golden)
+    return uniforms_of(streams(keys), position)
+
+
+def streams(keys: Tensor) -> Tensor:
+    """(B,) keys -> (B,) int64, the part of `uniforms` that is the same for all positions."""
+    return _mix_tensor(keys + _signed(GOLDEN))
+
+
+def uniforms_of(streams: Tensor, position: Tensor) -> Tensor:
+    """`uniforms` of (B,) `streams`, unchecked."""
+    words = _mix_tensor(streams + (position + 1) * _signed(GOLDEN))
     return _shift(words, 64 - DIGITS).double() * 2.0**-DIGITS
 
 
@@ -67,8 +78,9 @@ def draw(scores: Tensor, u: Tensor) -> Tensor:
 
         token = min {v : sum_{w <= v} p_w > u},   p = softmax(scores)
 
-    Every operation stays within its row, sums are float64 over blocks of tokens in the order of their ids, and a token
-    whose weight exp(score - max) is 0 in the dtype of the scores is never returned. One-hot rows are greedy decoding.
+    Every operation stays within its row. Sums are float64 over blocks of tokens in the order of their ids; those of a
+    block have the precision of the scores. A token whose weight exp(score - max) is 0 in the dtype of the scores is
+    never returned. One-hot rows are greedy decoding.
 
     Args:
         scores: (B, V) floating, -inf where forbidden; half precision is raised to float32.
@@ -80,23 +92,73 @@ def draw(scores: Tensor, u: Tensor) -> Tensor:
     Raises:
         ValueError: a row without any finite maximum: all tokens forbidden, or NaN or +inf among its scores.
     """
+    tokens, _ = pick(scores, u)
+    for row in (tokens < 0).nonzero().flatten().tolist():
+        raise ValueError(f"row {row} of the scores {no_token(scores[row])}")
+    return tokens
+
+
+def no_token(scores: Tensor) -> str:
+    """What is wrong with (V,) scores of which `pick` found no token."""
+    return (
+        f"has the maximum {float(scores.amax())}: no token can be drawn; a processor or a truncation has forbidden all "
+        "tokens, or the model returned NaN"
+    )
+
+
+def pick(scores: Tensor, u: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`draw` with the log-probability of what was drawn, and without a wait for the device.
+
+    Args:
+        scores: (B, V) as for `draw`.
+        u: (B,) as for `draw`; None takes the largest score, the first one of several.
+
+    Returns:
+        (B,) int64, -1 where no token can be drawn, and (B,) float32 log-probabilities in nats.
+    """
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-    top = scores.amax(dim=-1, keepdim=True)
-    if not bool(top.isfinite().all()):
-        row = int((~top.isfinite()).flatten().nonzero()[0])
-        raise ValueError(
-            f"row {row} of the scores has the maximum {float(top[row])}: no token can be drawn; a processor or a "
-            "truncation has forbidden all tokens, or the model returned NaN"
-        )
-    weights = torch.exp(scores - top)
-    missing = -weights.size(1) % BLOCK
-    blocks = torch.nn.functional.pad(weights, (0, missing)).unflatten(1, (-1, BLOCK))  # (B, V / BLOCK, BLOCK)
-    cumulative = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
-    target = u[:, None] * cumulative[:, -1:]
-    block = _first_above(cumulative, target)
-    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, block)
-    chosen = blocks.gather(1, block[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).double().cumsum(dim=-1)
-    return (block * BLOCK + _first_above(chosen, target - before)).squeeze(1)
+    if u is None:
+        top, tokens = scores.max(dim=-1, keepdim=True)
+        cumulative = _blocks(scores, top)[1]
+    else:
+        top = scores.amax(dim=-1, keepdim=True)
+        blocks, cumulative = _blocks(scores, top)
+        tokens = _invert(blocks, cumulative, u[:, None]).clamp_(max=scores.size(1) - 1)  # of NaN, any token
+    logps = (scores.gather(1, tokens) - top).double() - cumulative[:, -1:].log()
+    return torch.where(top.isfinite(), tokens, -1).squeeze(1), logps.float().squeeze(1)
+
+
+def largest(scores: Tensor) -> Tensor:
+    """The tokens of `pick` with u None: (B, V) scores -> (B,) int64."""
+    top, tokens = scores.max(dim=-1)
+    return torch.where(top.isfinite(), tokens, -1)
+
+
+def _blocks(scores: Tensor, top: Tensor) -> tuple[Tensor, Tensor]:
+    """exp(scores - top) in (B, n, BLOCK) with zeros behind the last token, and (B, n) float64 sums up to each block.
+
+    A vocabulary within one block keeps its size, and its sums are those up to each token.
+    """
+    rows, count = scores.shape
+    if count <= BLOCK:
+        weights = torch.exp(scores - top)
+        return weights[:, None], weights.cumsum(dim=-1, dtype=torch.float64)
+    padded = scores.new_empty(rows, -(-count // BLOCK) * BLOCK)
+    torch.sub(scores, top, out=padded[:, :count])
+    padded[:, count:] = -torch.inf
+    weights = padded.exp_().unflatten(1, (-1, BLOCK))
+    return weights, weights.sum(dim=-1).cumsum(dim=-1, dtype=torch.float64)
+
+
+def _invert(blocks: Tensor, cumulative: Tensor, u: Tensor) -> Tensor:
+    """What `_blocks` gave, (B, 1) uniform numbers -> (B, 1) tokens."""
+    target = u * cumulative[:, -1:]
+    first = _first_above(cumulative, target)
+    if blocks.size(1) == 1:
+        return first
+    before = torch.nn.functional.pad(cumulative, (1, 0)).gather(1, first)
+    chosen = blocks.gather(1, first[:, :, None].expand(-1, -1, BLOCK)).squeeze(1).cumsum(dim=-1, dtype=torch.float64)
+    return first * BLOCK + _first_above(chosen, target - before)
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
@@ -104,9 +166,9 @@ def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:
 
     Rounding can lift a target to the whole sum; the first index that reaches the sum is then the last with a weight.
     """
-    above = (cumulative <= target).sum(dim=-1, keepdim=True)
-    last = (cumulative < cumulative[:, -1:]).sum(dim=-1, keepdim=True)
-    return torch.minimum(above, last)
+    below = torch.minimum(target, cumulative[:, -1:] * BELOW_ONE)
+    # NaN is above nothing, and its index must exist all the same
+    return torch.searchsorted(cumulative, below, right=True).clamp_(max=cumulative.size(1) - 1)
 
 
 def _word(name: str, part: int | str) -> int:

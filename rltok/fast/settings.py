@@ -1,6 +1,6 @@
 """Settings of the rollout loop, and what it does to the logits of a step: the order of transformers' `generate`.
 
-minimum length, processors, temperature, top-k, top-p, min-p
+repetition penalty, minimum length, processors, temperature, top-k, top-p, min-p
 """
 
 from __future__ import annotations
@@ -40,33 +40,25 @@ class LoopSettings:
     min_p: float = 0.0
     """Least probability kept, as a share of the largest; 0 keeps all."""
     stop_strings: tuple[str, ...] = ()
-    """Not supported by this loop: refused."""
+    """Texts that end a completion; the token that completes one belongs to it. Needs a tokenizer."""
     repetition_penalty: float = 1.0
-    """Not supported by this loop: every other value than 1 is refused."""
+    """Divides positive logits, multiplies negative ones, of ids that are in the row, prompt included; 1 is off."""
     max_rows: int | None = None
     """Rows computed at a time; the others wait. None: all rows at once."""
     max_cache_tokens: int | None = None
-    """Rows times columns of the cache that may be in use; None: no limit."""
+    """Rows times columns of the cache that may be in use, each row counted with its longest possible completion; a row
+    that is longer runs alone. None: no limit."""
     prefill_chunk: int = 2048
     """Tokens of one prefill forward; a longer prompt takes several."""
     compact_share: float = 0.0
     """Ended rows leave when they are more than this share of the batch; 0: at once, 1: all at the end."""
-    cache_block: int = 128
+    cache_block: int = 32
     """Columns by which the cache grows."""
 
     def __post_init__(self) -> None:
         self._check_sampling()
+        self._check_ends()
         self._check_sizes()
-        if self.stop_strings:
-            raise ValueError(
-                f"stop_strings={list(self.stop_strings)} are not supported by the rollout loop: set stop_strings to "
-                "nothing, or use transformers' generate"
-            )
-        if self.repetition_penalty != 1.0:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty} is not supported by the rollout loop: set it to 1.0, or "
-                "use transformers' generate"
-            )
 
     @property
     def do_sample(self) -> bool:
@@ -86,9 +78,15 @@ class LoopSettings:
             raise ValueError(f"top_p={self.top_p} is not in (0, 1]; 1 keeps all tokens")
         if not 0 <= self.min_p <= 1:
             raise ValueError(f"min_p={self.min_p} is not in [0, 1]; 0 keeps all tokens")
+        if not (self.repetition_penalty > 0 and math.isfinite(self.repetition_penalty)):
+            raise ValueError(f"repetition_penalty={self.repetition_penalty} must be finite and > 0; 1 is off")
+
+    def _check_ends(self) -> None:
         negative = [token for token in self.end_ids if token < 0]
         if negative:
             raise ValueError(f"end_ids={list(self.end_ids)} holds {negative}; token ids are >= 0")
+        if isinstance(self.stop_strings, str) or not all(self.stop_strings):
+            raise ValueError(f"stop_strings={self.stop_strings!r} must be a tuple of texts, none of them empty")
 
     def _check_sizes(self) -> None:
         for name in ("max_new_tokens", "prefill_chunk", "cache_block", "max_rows", "max_cache_tokens"):

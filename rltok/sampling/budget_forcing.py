@@ -59,7 +59,8 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
     """Budgets of every row by itself; without any budget it returns the very tensor it got.
 
     Columns, one entry per row: the thinking span, `ignored` ends so far, `pending` (the newest w, if it comes now, is
-    an ignored end), `cursor` into the tokens to force (0: none) and `cut` (reached the greatest budget).
+    an ignored end), `cursor` into the tokens to force (0: none); and how many tokens the row had when the newest
+    ignored end was entered, `ignored_at`, and when it reached the greatest budget, `cut_at` (-1: never).
     """
 
     wait_ids: Sequence[int] = ()
@@ -81,6 +82,7 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
 
     memory = "logits"
     traced = ("forced",)
+    kept = ("ignored", "ignored_at", "cut_at")
 
     def __post_init__(self) -> None:
         for name in ("wait_ids", "end_ids", "eos_ids", "final_ids", "start_ids"):
@@ -122,7 +124,7 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
         # Until `apply` knows better, an occurrence of w is an ignored end.
         columns |= {"ignored": zeros, "cursor": zeros.clone(), "pending": torch.ones_like(columns["inside"])}
-        columns["cut"] = torch.zeros_like(columns["inside"])
+        columns |= {name: torch.full_like(zeros, -1) for name in ("ignored_at", "cut_at")}
         self._cut(zeros, columns)
         return columns
 
@@ -133,6 +135,7 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
         if self._moves:
             counted = self._ignores(rows.position - 1, columns) & columns["pending"] & (rows.last == self.wait_ids[0])
             columns["ignored"] += counted
+            columns["ignored_at"].copy_(torch.where(counted, rows.position, columns["ignored_at"]))
         # A row that has not got the token it was forced to (a finished one, a foreign history) leaves the text.
         cursor.copy_(torch.where(rows.last == tokens[cursor], following[cursor], torch.zeros_like(cursor)))
         if self._tail:
@@ -155,13 +158,24 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
     def metrics(self, lengths: Sequence[int] | None = None) -> dict[str, float]:
         """Means over the completions of the last call; waits for the device once.
 
+        Args:
+            lengths: tokens of each completion. With them only what happened before the last token was drawn counts, on
+                every engine; None counts also what `generate` enters after a row's end.
+
         Returns:
             `budget_ends_ignored` ends ignored per completion, `budget_cut` share of completions that reached
             max_tokens while thinking; empty before any call.
         """
-        if self._ids is None:
+        final = self.final()
+        if not final:
             return {}
-        values = torch.stack([self._columns[name].float().mean() for name in ("ignored", "cut")]).tolist()
+        ignored, cut = final["ignored"], final["cut_at"] >= 0
+        if lengths is not None:
+            ends = torch.as_tensor(lengths, device=ignored.device)
+            # behind the last token there is padding, so the one ignored end too many is the last token itself
+            ignored = ignored - (final["ignored_at"] >= ends).long()
+            cut = cut & (final["cut_at"] < ends)
+        values = torch.stack([ignored.float().mean(), cut.float().mean()]).tolist()
         return dict(zip(("budget_ends_ignored", "budget_cut"), values, strict=True))
 
     def _ignores(self, position: Tensor, columns: Columns) -> Tensor:
@@ -205,7 +219,7 @@ class BudgetForcingLogitsProcessor(RolloutProcessor):
         due = columns["inside"] & (position >= self.max_tokens)
         begun = columns["at_end"] if self.end_ids else torch.zeros_like(position)
         columns["cursor"].copy_(torch.where(due, 1 + len(self._tail) + begun, columns["cursor"]))
-        columns["cut"] |= due
+        columns["cut_at"].copy_(torch.where(due, position, columns["cut_at"]))
         columns["ended"] |= due
         columns["inside"] &= ~due
 
@@ -267,7 +281,7 @@ class BudgetForcingConfig(DecodingModule):
     """Text that opens the thinking span; null: open from the first generated token."""
 
     forces = True
-    engines = ("transformers", "vllm_colocate", "vllm_server")
+    engines = ("fast", "transformers", "vllm_colocate", "vllm_server")
 
     def __post_init__(self) -> None:
         check_budgets(self.min_tokens, self.max_tokens, self.ignore)

@@ -26,8 +26,8 @@ from rltok.entropy import EntropyStats
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-ENGINES = ("transformers", "continuous_batching", "vllm_colocate", "vllm_server")
-"""Every rollout engine that TRL drives."""
+ENGINES = ("fast", "transformers", "continuous_batching", "vllm_colocate", "vllm_server")
+"""Every rollout engine: the loop of `rltok.fast`, then those that TRL drives itself."""
 
 Columns = dict[str, Tensor]
 """Memory of a processor, one entry per row in every tensor; values of the last step that are worth a record too."""
@@ -66,6 +66,8 @@ class RolloutProcessor(LogitsProcessor):
     steps (which cannot)"""
     traced: ClassVar[tuple[str, ...]] = ()
     """columns whose values of every step are recorded during `generate`"""
+    kept: ClassVar[tuple[str, ...]] = ()
+    """columns of which the value that a row has when its last token is drawn is kept for `metrics`"""
 
     prompt_length: int | None = None
     """columns of `input_ids` before the first generated token, left padding included; None: those of a first call"""
@@ -76,6 +78,7 @@ class RolloutProcessor(LogitsProcessor):
     _controlled = False  # begin was called: every call continues the one before it
     _may_overwrite = False
     _record: dict[str, list[Tensor]]
+    _final: Mapping[str, Tensor] | None = None
 
     @property
     def is_neutral(self) -> bool:
@@ -102,7 +105,7 @@ class RolloutProcessor(LogitsProcessor):
         """
         self.prompt_length = prompt_length
         self._controlled, self._may_overwrite = True, not settings.output_logits
-        self._ids = None
+        self._ids = self._final = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """(B, S) ids so far, (B, V) scores -> (B, V) scores; the very tensor where it is neutral."""
@@ -121,6 +124,20 @@ class RolloutProcessor(LogitsProcessor):
     def take_trace(self, traced: Mapping[str, Tensor]) -> None:
         """Take over what an engine recorded, name -> (B, steps), in place of the calls' own record."""
         self._record = {name: list(values.unbind(dim=1)) for name, values in traced.items()}
+
+    def take_final(self, values: Mapping[str, Tensor]) -> None:
+        """Take over what an engine kept of every row, name of `kept` -> (B, ...); empty where it ran no row."""
+        self._final = dict(values)
+
+    def final(self) -> Mapping[str, Tensor]:
+        """Name of `kept` -> (B, ...): what an engine kept, else the columns as they are; empty before any call.
+
+        In transformers' `generate` a row that has ended goes on beside the others: what a method enters after a row's
+        end it must be able to tell (see `metrics` of budget forcing).
+        """
+        if self._final is not None:
+            return self._final
+        return {} if self._ids is None else {name: self._columns[name] for name in self.kept}
 
     def metrics(self, lengths: Sequence[int] | None = None) -> dict[str, float]:
         """Numbers of the last call, for the log; `lengths` are the completions' lengths."""

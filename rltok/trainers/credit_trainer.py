@@ -2,14 +2,15 @@
 
 The trainer knows TRL, ranks and logging; the methods behind the doors know none of them. It overrides
 
-    _generate_single_turn               door 3: processors and the recorder around TRL's own generation      here
+    _generate                           door 3: the random numbers of a batch, and what it cost              here
+    _generate_single_turn               door 3: our engine, or processors and recorder around TRL's own      here
     _calculate_rewards                  keeps the rewards of all ranks by function                           here
     _generate_and_score_completions     dynamic sampling, correction, signals, door 1, selection             here
     _prepare_inputs, training_step      micro-batches of the selected rows, in place of TRL's cut   selected_updates.py
     _compute_loss                       door 2, composed from `rltok.objective`                                 loss.py
     _save_checkpoint, _load_optimizer_and_scheduler, the sampler        exact resume                          resume.py
 
-and with no door set every parameter stays bit-identical to GRPOTrainer's.
+and with `rollout.engine: transformers` and no other door set, every parameter stays bit-identical to GRPOTrainer's.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from rltok.objective import (
     ObjectiveTerm,
 )
 from rltok.rollout import RolloutConfig
-from rltok.sampling import AdaptiveTemperatureConfig, make_processors
+from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor, make_processors
 from rltok.selection import SelectionMethod
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
@@ -45,7 +46,9 @@ from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_r
 from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, RolloutState, loss_mask, multimodal, sequence
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
+from rltok.trainers.engine_choice import engine_of
 from rltok.trainers.engines import built_with, check_built, controlled, steered_rollout
+from rltok.trainers.fast_engine import FastEngine
 from rltok.trainers.loss import ComposedLoss, loss_settings
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
@@ -65,7 +68,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         objective: an objective term, a section such as `{"type": "hapo"}`, or a list of them, applied in order.
         rollout: `RolloutConfig`, or a section with `decoding`, `correction`, `dynamic_sampling`, `prompt_skipping`.
 
-    A door may be set here or in `CreditConfig`, not in both. All at None is GRPOTrainer.
+    A door may be set here or in `CreditConfig`, not in both. All at None is GRPOTrainer with faster rollouts.
 
     Raises:
         ConfigError: unknown names or values, or a combination whose mathematics is wrong; before anything is loaded.
@@ -127,6 +130,8 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
                 rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
             )
         self._check_attention()
+        plain = self.rollout_func is None and engine_of(self.args, rollout_section) == "fast"
+        self._fast = FastEngine(self) if plain else None
         check_built(self)
         self._forced_ids = self._find_forced_ids()
         self._warned_of_ess = False
@@ -157,22 +162,48 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
 
     # ------------------------------------------------------------------ door 3: rollout
 
-    def _generate_single_turn(self, *args: Any, **kwargs: Any) -> Any:
+    def _generate(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fast is None:
+            return super()._generate(*args, **kwargs)
+        self._fast.begin()
+        output = super()._generate(*args, **kwargs)
+        self._fast.log()
+        return output
+
+    def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
         rollout = self.doors.rollout
-        if not self.model.training or not (rollout.records_logps or rollout.modifies_sampler):
-            return super()._generate_single_turn(*args, **kwargs)
+        controls = self.model.training and (rollout.records_logps or rollout.modifies_sampler)
+        if not controls:
+            return self._complete(prompt_ids, *args, **kwargs)
         processors = make_processors(rollout.decoding, self._decoding_context(self._sampler_stats))
-        with steered_rollout(self) as steered, controlled(self, processors, rollout.records_logps) as finish:
-            completion_ids, logps, *rest = super()._generate_single_turn(*args, **kwargs)
-        logps = finish(completion_ids, logps)
+        with steered_rollout(self) as steered:
+            output = self._complete(prompt_ids, *args, **kwargs, processors=processors, record=rollout.records_logps)
         if steered is not None:
             for name, value in steered.metrics().items():
                 self._metrics["train"][f"rollout/{name}"].append(value)
-        lengths = [len(ids) for ids in completion_ids]
+        lengths = [len(ids) for ids in output[0]]
         for processor in processors:
             for name, value in processor.metrics(lengths).items():
                 self._metrics["train"][f"rollout/{name}"].append(value)
-        return completion_ids, logps, *rest
+        return output
+
+    def _complete(
+        self,
+        prompt_ids: Any,
+        *args: Any,
+        processors: Sequence[RolloutProcessor] | None = None,
+        record: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """TRL's completions and log-probabilities, by our engine or by TRL's own; None: nothing is controlled."""
+        if self._fast is not None:
+            result = self._fast.complete(prompt_ids, processors or (), record)
+            return result.ids, result.logps
+        if processors is None:
+            return super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        with controlled(self, processors, record) as finish:
+            completion_ids, logps, *rest = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+        return completion_ids, finish(completion_ids, logps), *rest
 
     def _find_forced_ids(self) -> Tensor:
         """(F,) ids that a decoding method may put in place of a sample."""

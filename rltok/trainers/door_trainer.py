@@ -17,6 +17,7 @@ from rltok.sampling import DecodingContext
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather
 from rltok.trainers.doors import Doors
+from rltok.trainers.fast_engine import FastEngine
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts
 from rltok.trainers.selection import RolloutSelector, Selected
@@ -62,6 +63,8 @@ class DoorTrainer(GRPOTrainer):
     _gather: RaggedGather
     _sampler_stats: EntropyStats | None
     """statistics of the last rollout's entropies, for the next one's temperatures"""
+    _fast: FastEngine | None
+    """our engine, where it makes the completions"""
     _refill: RefillPrompts | None
     _skipping: SkippedPrompts | None
     _table: CreditTable
@@ -71,6 +74,8 @@ class DoorTrainer(GRPOTrainer):
     _selected: Selected | None
     """what was selected, between scoring and the first micro-batch"""
     _rollout: RolloutState
+    # TRL's arguments of generate, those of the recipe included.
+    generation_kwargs: dict[str, Any]
     # State of TRL's adaptive entropy coefficient, which its checkpoints carry.
     entropy_coef: float
     _last_world_entropy: float

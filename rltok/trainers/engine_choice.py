@@ -1,7 +1,8 @@
-"""The rollout engine that TRL's settings choose, and what it cannot do: all that is known before anything is loaded.
+"""The rollout engine that a run's settings choose, and what it cannot do: all that is known before anything is loaded.
 
 engine               chosen by
-transformers         the default
+fast                 the default
+transformers         rollout.engine: transformers
 continuous_batching  training.use_transformers_continuous_batching
 vllm_colocate        training.use_vllm, vllm_mode: colocate
 vllm_server          training.use_vllm, vllm_mode: server
@@ -47,11 +48,30 @@ RESTRICTING = (
 """Keys of generation_kwargs that make the sampler another one than the policy at training.temperature."""
 
 
-def engine_of(args: GRPOConfig) -> str:
-    """Name of the rollout engine that TRL's settings choose."""
+SERVED_BY_FAST = (
+    "max_new_tokens",
+    "min_new_tokens",
+    "do_sample",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "stop_strings",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+)
+"""Keys of generation_kwargs that the engine `fast` follows."""
+NEUTRAL = {"use_cache": True, "num_beams": 1, "num_return_sequences": 1}
+"""Values of other keys that change nothing; None is one for every key."""
+
+
+def engine_of(args: GRPOConfig, rollout: RolloutConfig) -> str:
+    """Name of the rollout engine that the settings choose."""
     if args.use_vllm:
         return f"vllm_{args.vllm_mode}"
-    return "continuous_batching" if args.use_transformers_continuous_batching else "transformers"
+    return "continuous_batching" if args.use_transformers_continuous_batching else rollout.engine
 
 
 def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: bool = False) -> None:
@@ -60,6 +80,9 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
     Raises:
         ConfigError: names the method, the engine, and the engine to use instead.
     """
+    engine = engine_of(args, rollout)
+    if engine == "fast" and not has_rollout_func:
+        _check_fast(args)
     if not (rollout.records_logps or rollout.modifies_sampler):
         return
     reason = "recording log-probabilities (rollout.record_logps)"
@@ -67,7 +90,6 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
         reason = "rollout.decoding" if rollout.decodes else "rollout.steering"
     if has_rollout_func:
         raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
-    engine = engine_of(args)
     for module in rollout.decoding:
         if not module.is_neutral and engine not in module.engines:
             raise ConfigError(
@@ -102,9 +124,33 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
         )
 
 
+def _check_fast(args: GRPOConfig) -> None:
+    """Refuse options of generate that the engine `fast` does not have."""
+    generation = args.generation_kwargs if isinstance(args.generation_kwargs, Mapping) else {}
+    instead = "Remove it, or use rollout.engine=transformers."
+    for name, value in generation.items():
+        if name not in SERVED_BY_FAST and value is not None and NEUTRAL.get(name, ...) != value:
+            raise ConfigError(
+                f"training.generation_kwargs.{name}={value!r} is no option of the engine fast, which follows "
+                f"{', '.join(SERVED_BY_FAST)}. {instead}"
+            )
+    if args.cache_implementation is not None:
+        raise ConfigError(
+            f"training.cache_implementation={args.cache_implementation!r}: the engine fast has a cache of its own. "
+            f"{instead}"
+        )
+    if generation.get("stop_strings") and args.mask_truncated_completions:
+        raise ConfigError(
+            "training.mask_truncated_completions=true drops every completion without an end token, and so those that "
+            f"ended at training.generation_kwargs.stop_strings={generation['stop_strings']!r}. Remove one of the two."
+        )
+
+
 def _settings_of(engine: str) -> str:
+    plain = "training.use_vllm=false, training.use_transformers_continuous_batching=false"
     return {
-        "transformers": "training.use_vllm=false, training.use_transformers_continuous_batching=false",
+        "fast": f"rollout.engine=fast, {plain}",
+        "transformers": f"rollout.engine=transformers, {plain}",
         "continuous_batching": "training.use_transformers_continuous_batching=true",
         "vllm_colocate": "training.use_vllm=true, training.vllm_mode=colocate",
         "vllm_server": "training.use_vllm=true, training.vllm_mode=server",

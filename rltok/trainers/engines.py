@@ -1,6 +1,7 @@
-"""The four ways in which TRL makes completions, and what our part of a rollout does on each.
+"""The ways in which completions are made, and what our part of a rollout does on each.
 
     engine               processors run
+    fast                 inside our own loop, see `rltok.trainers.fast_engine`
     transformers         inside generate
     continuous_batching  inside generate_batch
     vllm_colocate        in the engine, which is built with them
@@ -24,6 +25,7 @@ from rltok.sampling import RolloutProcessor, SampledLogps, sampling_control
 from rltok.sampling.serial import encode
 from rltok.steering import Steering, decoder_layers
 from rltok.trainers.engine_choice import engine_of
+from rltok.trainers.fast_engine import check_servable
 
 if TYPE_CHECKING:
     from rltok.trainers.door_trainer import DoorTrainer
@@ -34,7 +36,7 @@ Finish = Callable[[Sequence[Sequence[int]], Any], Any]
 
 def built_with(rollout: RolloutConfig, args: GRPOConfig | None) -> AbstractContextManager[None]:
     """Around the construction of TRL's trainer: an engine in this process is built with what we need of it."""
-    if args is None or engine_of(args) != "vllm_colocate" or not (rollout.decodes or rollout.steers):
+    if args is None or engine_of(args, rollout) != "vllm_colocate" or not (rollout.decodes or rollout.steers):
         return nullcontext()
     from rltok.trainers.vllm import engine_with_processors
 
@@ -52,7 +54,9 @@ def check_built(trainer: DoorTrainer) -> None:
     if rollout.steering is not None and rollout.steers:
         with rollout.steering.attach(trainer._causal_lm):
             pass
-    context, engine = trainer._decoding_context(), engine_of(trainer.args)
+    if trainer._fast is not None:
+        check_servable(trainer)
+    context, engine = trainer._decoding_context(), engine_of(trainer.args, trainer.doors.rollout)
     for index, module in enumerate(rollout.decoding):
         if module.is_neutral:
             continue
@@ -76,7 +80,7 @@ def _check_processor(processor: RolloutProcessor | None, engine: str) -> None:
                 f"{type(processor).__name__} remembers more of a row than continuous batching can give it: set "
                 "training.use_transformers_continuous_batching=false"
             )
-    elif engine != "transformers":
+    elif engine.startswith("vllm"):
         encode([processor])
 
 
@@ -104,7 +108,7 @@ def steered_rollout(trainer: DoorTrainer) -> AbstractContextManager[Steering | N
     steering = trainer.doors.rollout.steering
     if steering is None or steering.is_neutral:
         return nullcontext()
-    if engine_of(trainer.args) != "vllm_colocate":
+    if engine_of(trainer.args, trainer.doors.rollout) != "vllm_colocate":
         return steering.attach(trainer._causal_lm)
     from rltok.trainers.vllm import steered_engine
 
@@ -115,7 +119,7 @@ def steered_rollout(trainer: DoorTrainer) -> AbstractContextManager[Steering | N
 @contextmanager
 def controlled(trainer: DoorTrainer, processors: Sequence[RolloutProcessor], record: bool) -> Iterator[Finish]:
     """One generation of TRL's with our processors; yields what turns its result into recorded log-probabilities."""
-    engine = engine_of(trainer.args)
+    engine = engine_of(trainer.args, trainer.doors.rollout)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "transformers":
         recorder = SampledLogps() if record else None

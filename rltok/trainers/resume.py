@@ -74,6 +74,7 @@ class ExactResume(DoorTrainer):
             "last_entropy_window": self._entropy_window_stats,
             "trained_tokens": self._trained_tokens,
             "rollout": vars(self._rollout),
+            "rollouts": None if self._fast is None else self._fast.rollouts,
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -103,6 +104,8 @@ class ExactResume(DoorTrainer):
         self._entropy_window_stats = state["last_entropy_window"]
         self._trained_tokens = state["trained_tokens"]
         self._rollout = RolloutState(**state["rollout"])
+        if self._fast is not None:
+            self._fast.rollouts = state["rollouts"]
 
 
 def _state_file(rank: int) -> str:
