@@ -35,13 +35,15 @@ from rltok.trainers import CreditConfig, CreditTrainer
 HAPO = {
     "credit": {"type": "token_group_average"},
     "objective": {"type": "hapo"},
-    "rollout": {"decoding": [{"type": "adaptive_temperature"}]},
+    "rollout": {"decoding": [{"type": "adaptive_temperature"}], "engine": "transformers"},
 }
+TRLS = {"engine": "transformers"}
 VARIANTS: dict[str, tuple[type, type, dict[str, Any]]] = {
     "TRL GRPOTrainer (dapo)": (GRPOTrainer, GRPOConfig, {}),
-    "CreditTrainer, no doors": (CreditTrainer, CreditConfig, {}),
-    "CreditTrainer, log-probs recorded": (CreditTrainer, CreditConfig, {"rollout": {"record_logps": "always"}}),
-    "CreditTrainer, HAPO whole": (CreditTrainer, CreditConfig, HAPO),
+    "CreditTrainer, no doors, TRL's sampler": (CreditTrainer, CreditConfig, {"rollout": TRLS}),
+    "the same, log-probs recorded": (CreditTrainer, CreditConfig, {"rollout": {"record_logps": "always"} | TRLS}),
+    "the same, HAPO whole": (CreditTrainer, CreditConfig, HAPO),
+    "CreditTrainer as it comes": (CreditTrainer, CreditConfig, {}),
 }
 UPDATES = 8
 """per rollout, of 32 completions each"""

@@ -179,7 +179,8 @@ def test_a_group_on_two_ranks_is_prefilled_by_both(runs):
     one, two = (run["plain"]["costs"] for run in runs)
     assert sum(two.values()) == sum(one.values()) == 4 * one["rollout/prefill_tokens"], "groups of four"
     _, prompts, _ = runs[0]["plain"]["batches"][0]
-    assert two["rollout/prefill_tokens"] - one["rollout/prefill_tokens"] == len(prompts[12]), "the fourth of seven groups"
+    more = two["rollout/prefill_tokens"] - one["rollout/prefill_tokens"]
+    assert more == len(prompts[12]), "of the fourth of seven groups"
 
 
 def test_a_resumed_run_samples_what_an_undisturbed_one_samples(tmp_path):
@@ -252,7 +253,7 @@ def test_wrapped_models(tmp_path, changes):
 
 
 REFUSED = [
-    ({"generation_kwargs": {"num_beams": 4}}, "num_beams=4 is no option of the engine fast.*rollout.engine=transformers"),
+    ({"generation_kwargs": {"num_beams": 4}}, "num_beams=4 is no option of the engine fast.*engine=transformers"),
     ({"generation_kwargs": {"prompt_lookup_num_tokens": 3}}, "prompt_lookup_num_tokens=3"),
     ({"generation_kwargs": {"penalty_alpha": 0.5}}, "penalty_alpha=0.5"),
     ({"cache_implementation": "static"}, "cache_implementation='static'.*cache of its own"),
@@ -391,7 +392,9 @@ def tool_run(folder, monkeypatch, rows):
         tools=[add],
     )
     trainer.train()
-    return [(list(p), list(ids)) for _, prompts, sampled in trainer.sampled for p, ids in zip(prompts, sampled)]
+    return [
+        (list(p), list(ids)) for _, prompts, sampled in trainer.sampled for p, ids in zip(prompts, sampled, strict=True)
+    ]
 
 
 def test_turns_after_tool_calls_in_trls_own_loop(tmp_path, monkeypatch):
