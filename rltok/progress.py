@@ -27,8 +27,11 @@ METRICS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("length", ("completions/mean_length",)),
     ("entropy", ("entropy",)),
     ("clipped", ("clip_ratio/region_mean", "clip_ratio")),
+    ("tokens/s", ("rollout/tokens_per_second",)),
 )
 """What is shown: label -> the first of these logged metrics that there is."""
+DIGITS = {"length": 1, "tokens/s": 0}
+"""Decimals of a label's value, where not 3."""
 ROLLOUT_LINE = 30.0
 """Seconds between two lines of one rollout."""
 
@@ -53,6 +56,7 @@ class ProgressDisplay(TrainerCallback):
         self._started = time.monotonic()
         self._first_step = 0
         self._last: dict[str, Any] = {}
+        self._phases = {"rollout": 0.0, "score": 0.0, "update": 0.0}  # seconds since the start
         self._rollout_line_at = ROLLOUT_LINE  # seconds of the rollout at which the next line is due
 
     def install(self, trainer: Trainer) -> None:
@@ -89,7 +93,9 @@ class ProgressDisplay(TrainerCallback):
         if not logs or "train_runtime" in logs:
             return
         self._last |= logs  # what is measured once per rollout stays on display until the next one
-        shown = describe_metrics(self._last)
+        for name in self._phases:
+            self._phases[name] += logs.get(f"time/{name}", 0.0)
+        shown = self._shown()
         if self._live is not None:
             self._line.plain = shown
         elif self.mode == "lines":
@@ -101,7 +107,7 @@ class ProgressDisplay(TrainerCallback):
         """Show how far a rollout is: below the bar, or as a line in every half minute that it takes."""
         if self._live is not None:
             done = progress.ended == progress.rows
-            self._line.plain = describe_metrics(self._last) if done else describe_rollout(progress)
+            self._line.plain = self._shown() if done else describe_rollout(progress)
         elif self.mode == "lines":
             due, seconds = self._rollout_line_at, progress.seconds
             if seconds >= due:
@@ -112,6 +118,9 @@ class ProgressDisplay(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.stop()
+
+    def _shown(self) -> str:
+        return "  ".join(part for part in (describe_metrics(self._last), describe_phases(self._phases)) if part)
 
     def stop(self) -> None:
         """Leave the terminal as it was; safe to call twice."""
@@ -195,8 +204,14 @@ def describe_metrics(logs: Mapping[str, Any]) -> str:
     for label, keys in METRICS:
         value = next((logs[key] for key in keys if isinstance(logs.get(key), int | float)), None)
         if value is not None and math.isfinite(value):
-            parts.append(f"{label} {value:.1f}" if label == "length" else f"{label} {value:.3f}")
+            parts.append(f"{label} {value:.{DIGITS.get(label, 3)}f}")
     return "  ".join(parts)
+
+
+def describe_phases(seconds: Mapping[str, float]) -> str:
+    """`rollout 31 %  score 20 %  update 49 %` of the time; empty before any."""
+    total = sum(seconds.values())
+    return "  ".join(f"{name} {value / total:.0%}".replace("%", " %") for name, value in seconds.items() if total > 0)
 
 
 def describe_rollout(progress: LoopProgress) -> str:

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rltok.config import ConfigError, build, build_typed, check_keys, convert, hints, join, lookup_type, suggestion
 from rltok.expect import check_syntax
 from rltok.models import TINY, ModelConfig
+from rltok.report.store import SampleConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Where the shipped recipes lie."""
@@ -58,6 +59,7 @@ ELSEWHERE = {
     "selection": "`selection`",
     "report_to": "`report.to`",
     "log_completions": "`report.completions`",
+    "samples": "`report.samples`",
     "num_completions_to_print": "`rltok show RUN`",
     "disable_tqdm": "nothing; the progress display follows the terminal",
     "project": "`report.project`",
@@ -120,6 +122,8 @@ class ReportConfig:
     """trackers; each needs its extra installed, `pip install rltok[wandb]`"""
     completions: bool = True
     """write prompts, completions, rewards and credit to completions/*.parquet"""
+    samples: SampleConfig = field(default_factory=SampleConfig)
+    """completions recorded with every number of their tokens in samples/*.parquet, for `rltok report`"""
     mode: Literal["offline", "online"] = "offline"
     """of wandb; offline needs neither network nor account"""
     project: str = "rltok"

@@ -22,7 +22,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,6 +42,7 @@ from rltok.expect import Outcome, check_expectations
 from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
+from rltok.report.environment import environment, write_environment
 from rltok.rollout import build_decoding, build_rollout
 from rltok.sampler_stats import CALIBRATION_ROWS, SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
 from rltok.sampling import DecodingModule, make_processors
@@ -196,6 +197,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
             rollout=recipe.rollout,
             report_to=list(recipe.report.to) or "none",
             log_completions=recipe.report.completions,
+            samples=asdict(recipe.report.samples),
             num_completions_to_print=0,
             disable_tqdm=True,
         )
@@ -273,6 +275,8 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     main = trainer.is_world_process_zero()
     if main:
         _write_recipe(recipe, run, console)
+        facts = environment(sys.argv, recipe.seed, args.world_size)
+        write_environment(run.path, facts, continued=start.checkpoint is not None)
     console.print(
         f"{recipe.name}, seed {recipe.seed}: {len(splits.train)} training and {len(splits.heldout)} held-out rows, "
         f"{args.world_size} process(es) on {args.device.type}, in {run.path}",

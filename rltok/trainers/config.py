@@ -13,7 +13,7 @@ class CreditConfig(GRPOConfig):
     """Every setting of TRL's `GRPOConfig`, with TRL's defaults, and one mapping per door.
 
     Left at None, the doors are TRL's own behaviour: group-relative credit, every rollout and token trained, the loss
-    that `loss_type` names, plain sampling.
+    that `loss_type` names, plain sampling; nothing is recorded.
     """
 
     credit: dict[str, Any] | None = field(default=None, metadata={"help": "credit section, {type: ..., **options}"})
@@ -21,4 +21,8 @@ class CreditConfig(GRPOConfig):
     rollout: dict[str, Any] | None = field(default=None, metadata={"help": "rollout section"})
     selection: dict[str, Any] | None = field(
         default=None, metadata={"help": "selection section, {type: ..., **options}"}
+    )
+    samples: dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "record completions with every number of their tokens, {rows: 16, max_mb: 64}; None: none"},
     )

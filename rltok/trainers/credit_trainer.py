@@ -23,27 +23,31 @@ from typing import Any, ClassVar
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor
+from torch.nn.functional import pad
 from trl import GRPOConfig
 from trl.models.utils import disable_gradient_checkpointing
 
 from rltok.attention import AttentionSignals, attention_signals
 from rltok.attention.probe import probeable_layers
 from rltok.batch import TokenBatch
-from rltok.config import ConfigError
+from rltok.complete import named_processors
+from rltok.config import ConfigError, build
 from rltok.correction import rollout_weights
 from rltok.credit import CreditMethod, check_credit
 from rltok.entropy import LOG_FLOOR, EntropyStats, entropy_signal, entropy_stats
+from rltok.generation_files import token_traces
 from rltok.objective import (
     HAPO,
     ObjectiveTerm,
 )
+from rltok.report import SampleConfig
 from rltok.rollout import RolloutConfig
-from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor, make_processors
+from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor
 from rltok.selection import SelectionMethod
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
-from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, RolloutState, loss_mask, multimodal, sequence
+from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, TRACE, RolloutState, loss_mask, multimodal, sequence
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
 from rltok.trainers.engine_choice import engine_of
@@ -52,6 +56,7 @@ from rltok.trainers.fast_engine import FastEngine
 from rltok.trainers.loss import ComposedLoss, loss_settings
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
+from rltok.trainers.recording import SampleRecorder
 from rltok.trainers.resume import ExactResume
 from rltok.trainers.selected_updates import SelectedUpdates
 from rltok.trainers.selection import Selected
@@ -143,6 +148,12 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         self._selected: Selected | None = None
         self._rollout = RolloutState()
         self._table = CreditTable(self._logs, self._tokenizer.decode)
+        section = getattr(self.args, "samples", None)
+        samples = SampleConfig(rows=0) if section is None else build(SampleConfig, section, "samples")
+        self._recorder = SampleRecorder(self, samples) if samples.rows else None
+        self._phases = {"rollout": 0.0, "score": 0.0, "update": 0.0}  # seconds since the last optimizer step
+        self._traces: dict[str, Tensor] = {}
+        self._turns = 0
 
     def _check_attention(self) -> None:
         """Refuse a model whose attention the credit method cannot read, before anything is generated."""
@@ -163,11 +174,14 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
     # ------------------------------------------------------------------ door 3: rollout
 
     def _generate(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fast is None:
-            return super()._generate(*args, **kwargs)
-        self._fast.begin()
+        start = time.perf_counter()
+        if self._fast is not None:
+            self._fast.begin()
         output = super()._generate(*args, **kwargs)
-        self._fast.log()
+        if self._fast is not None:
+            self._fast.log()
+        if self.model.training:
+            self._phases["rollout"] += time.perf_counter() - start
         return output
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -175,9 +189,13 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         controls = self.model.training and (rollout.records_logps or rollout.modifies_sampler)
         if not controls:
             return self._complete(prompt_ids, *args, **kwargs)
-        processors = make_processors(rollout.decoding, self._decoding_context(self._sampler_stats))
+        named = named_processors(rollout.decoding, self._decoding_context(self._sampler_stats))
+        processors = [processor for _, processor in named]
         with steered_rollout(self) as steered:
             output = self._complete(prompt_ids, *args, **kwargs, processors=processors, record=rollout.records_logps)
+        self._turns += 1
+        if self._recorder is not None:  # a later turn's columns do not line up with the completion's
+            self._traces = token_traces(named) if self._turns == 1 else {}
         if steered is not None:
             for name, value in steered.metrics().items():
                 self._metrics["train"][f"rollout/{name}"].append(value)
@@ -252,7 +270,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         `postpone` leaves the old policy's log-probabilities at 0 for now.
         """
         wants_scores = self._reads_scores
-        self._scored = [] if wants_scores else None
+        self._scored, self._traces, self._turns = [] if wants_scores else None, {}, 0
         self._postponed = postpone and self._ratio_needs_old
         try:
             output = super()._generate_and_score_completions(inputs)
@@ -263,6 +281,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         assert self._rewards_per_func is not None
         if self._skipping is not None and self.model.training:
             self._visits.append((self._skipping.ids, self._rewards_per_func))
+        output |= self._token_traces(output["completion_ids"])
         first = self.accelerator.process_index * rows
         output["rewards_per_func"] = self._rewards_per_func[first : first + rows]
         if wants_scores:
@@ -274,6 +293,18 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             output["scored_logps"], output["scored_entropy"] = logps, entropy
         return output
 
+    def _token_traces(self, ids: Tensor) -> dict[str, Tensor]:
+        """(B, T) of what decoding methods recorded, under names that no other input has."""
+        if self._recorder is None or not self.model.training:
+            return {}
+        found = {name: self._traces[name] for name in ("temperature", "wave", "forced") if name in self._traces}
+        if "temperature" in found:
+            found["temperature"] = found["temperature"] * self.temperature
+        width = ids.size(1)
+        return {
+            TRACE + name: pad(value[:, :width], (0, max(width - value.size(1), 0))) for name, value in found.items()
+        }
+
     def _score_old_policy(self, output: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
         training = self.model.training
         batch_size = self.args.per_device_train_batch_size if training else self.args.per_device_eval_batch_size
@@ -284,6 +315,25 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         return logps, entropy
 
     def _generate_and_score_completions(self, inputs: Any) -> dict[str, Any]:
+        start, rollout = time.perf_counter(), self._phases["rollout"]
+        output = self._scored_batch(inputs)
+        if self.model.training:
+            self._phases["score"] += time.perf_counter() - start - (self._phases["rollout"] - rollout)
+        return output
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """TRL's step; the seconds of its phases are logged once per optimizer step."""
+        start, before = time.perf_counter(), sum(self._phases.values())
+        loss = super().training_step(*args, **kwargs)
+        self._phases["update"] += time.perf_counter() - start - (sum(self._phases.values()) - before)
+        if self._step % self.args.gradient_accumulation_steps == 0:
+            for name, seconds in self._phases.items():
+                self._metrics["train"][f"time/{name}"].append(seconds)
+                self._phases[name] = 0.0
+        return loss
+
+    def _scored_batch(self, inputs: Any) -> dict[str, Any]:
+        """A generation batch with credit, corrected and selected."""
         mode = "train" if self.model.training else "eval"
         budget, postpone = self._selection_budget(len(inputs) * self.accelerator.num_processes, mode)
         if mode == "train" and self._skipping is not None:
@@ -294,6 +344,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             output = self._score_once(inputs, postpone)
         if mode == "train" and self._skipping is not None:
             self._learn_from_visits(self._skipping)
+        traces = {name: output.pop(name) for name in list(output) if name.startswith(TRACE)}
         rewards_per_func = output.pop("rewards_per_func")
         scored_logps = output.pop("scored_logps", None)
         entropy = output.pop("scored_entropy", None)
@@ -312,7 +363,12 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         shown = credit
         if budget is not None:
             shown = self._select(output, batch, credit, entropy, budget, postpone)
-        self._log_credit(output, credit, shown, mask, mode)
+        if mode == "train" and (self._recorder is not None or self.log_completions):
+            output["row"] = batch.offset + torch.arange(credit.size(0), device=credit.device)
+        if mode == "train" and self._recorder is not None:
+            kept = None if self._selected is None else self._selected.keep
+            self._recorder.begin(output | traces, batch, credit, kept, entropy, attention)
+        self._log_credit(credit, shown, output["completion_ids"], mask, mode)
         self._log_method(batch, mode)
         return output
 
@@ -491,9 +547,16 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         self._metrics["train"]["dynamic_sampling/kept_share"].append(kept / seen)
         return result
 
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's training; what is recorded of the last rollout is written at the end."""
+        output = super().train(*args, **kwargs)
+        if self._recorder is not None:
+            self._recorder.flush()
+        return output
+
     # ------------------------------------------------------------------ logging
 
-    def _log_credit(self, output: dict[str, Any], credit: Tensor, shown: Tensor, mask: Tensor, mode: str) -> None:
+    def _log_credit(self, credit: Tensor, shown: Tensor, ids: Tensor, mask: Tensor, mode: str) -> None:
         """Numbers that show where the credit went, and the completions table's column of it (`shown`)."""
         values = self._gather(credit.abs()[mask.bool()])
         if values.numel():
@@ -503,10 +566,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             self._metrics[mode]["credit/nonzero_share"].append((values > 0).float().mean().item())
             self._metrics[mode]["credit/top20_share"].append((top / total).item() if total > 0 else 0.0)
         if self.log_completions:
-            if mode == "train":
-                first = self.accelerator.process_index * credit.size(0)
-                output["row"] = first + torch.arange(credit.size(0), device=credit.device)
-            self._table.add(output["completion_ids"], shown, mask, updates_follow=mode == "train")
+            self._table.add(ids, shown, mask, updates_follow=mode == "train")
 
     def _log_method(self, batch: TokenBatch, mode: str) -> None:
         """Numbers of the credit method's own, `metrics(batch)` if it has them: means over tokens of all ranks."""

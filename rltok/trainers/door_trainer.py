@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts
 from rltok.trainers.selection import RolloutSelector, Selected
 
+if TYPE_CHECKING:
+    from rltok.trainers.recording import SampleRecorder
+
 # Inputs of vision models that TRL hands from scoring to the loss.
 MULTIMODAL = (
     "pixel_values",
@@ -35,6 +38,8 @@ MULTIMODAL = (
     "mm_token_type_ids",
     "image_position_ids",
 )
+# What decoding methods recorded of every token, between sampling and the end of scoring.
+TRACE = "trace/"
 # Where the generation batch's entropy statistics travel beside its rows; 0-d tensors are neither shuffled nor split.
 LOSS_STATS = tuple(f"entropy_stats/{field.name}" for field in fields(EntropyStats))
 
@@ -68,6 +73,7 @@ class DoorTrainer(GRPOTrainer):
     _refill: RefillPrompts | None
     _skipping: SkippedPrompts | None
     _table: CreditTable
+    _recorder: SampleRecorder | None
     _trained_tokens: int
     """completion tokens that entered the loss since the start, all ranks"""
     _selector: RolloutSelector | None

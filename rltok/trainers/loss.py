@@ -74,7 +74,14 @@ class ComposedLoss(DoorTrainer):
         self._log_token_means(values, trained, mode)
         if mode == "train" and self.log_completions and "row" in inputs:
             self._table.remember(inputs["row"], plan.advantages.expand_as(logps) * trained, valid)
+        if mode == "train" and self._recorder is not None and "row" in inputs:
+            flags = (values["clip_ratio/low_mean"], values["clip_ratio/high_mean"]) if self._clips else None
+            self._recorder.remember(inputs, batch, plan, trained, flags)
         return loss
+
+    @property
+    def _clips(self) -> bool:
+        return self.loss_type in CLIPPED
 
     def _sampler_weight(self, inputs: Mapping[str, Any]) -> Tensor | None:
         ours = self.doors.rollout.resolved_correction.mode != "off"

@@ -74,6 +74,7 @@ class ExactResume(DoorTrainer):
             "last_entropy_window": self._entropy_window_stats,
             "trained_tokens": self._trained_tokens,
             "rollout": vars(self._rollout),
+            "samples": None if self._recorder is None else self._recorder.state(),
             "rollouts": None if self._fast is None else self._fast.rollouts,
         }
 
@@ -104,6 +105,8 @@ class ExactResume(DoorTrainer):
         self._entropy_window_stats = state["last_entropy_window"]
         self._trained_tokens = state["trained_tokens"]
         self._rollout = RolloutState(**state["rollout"])
+        if self._recorder is not None and state["samples"] is not None:
+            self._recorder.load(state["samples"])
         if self._fast is not None:
             self._fast.rollouts = state["rollouts"]
 
