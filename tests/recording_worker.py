@@ -79,6 +79,7 @@ class Watched(CreditTrainer):
             "learner_logp": kept["batch"].logps,
             "ratio": kept["plan"].log_weight.exp().expand(shape),
             "clipped": flags.expand(shape),
+            "entropy": kept["batch"].entropy,
             "trained": kept["batch"].mask.bool() & loss_mask(inputs).bool(),
         }
         for i, row in enumerate(inputs["row"].tolist()):

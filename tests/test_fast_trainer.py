@@ -196,7 +196,8 @@ def test_a_resumed_run_samples_what_an_undisturbed_one_samples(tmp_path):
 def test_evaluation_changes_no_sample_of_training(tmp_path):
     plain = train(tmp_path / "a", max_steps=4)
     evaluation = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 4}
-    often = train(tmp_path / "b", max_steps=4, eval_dataset=digit_dataset(4), **evaluation)
+    same = Dataset.from_list([{"prompt": "1+1=", "answer": "2"}] * 4)  # every batch of an evaluation completes it
+    often = train(tmp_path / "b", max_steps=4, eval_dataset=same, **evaluation)
     assert completions(often) == completions(plain)
     found = completions(often, "eval")
     assert len(found) == 16 and len({str(batch) for batch in found}) == 16, "no batch is sampled like another"

@@ -101,6 +101,24 @@ def test_methods_and_columns_of_a_run_that_uses_them(full):
     assert 0 < kept.mean() < 1 and (np.isnan(used) == ~kept.astype(bool)).all()
 
 
+def test_later_passes_over_a_rollout_overwrite_earlier_ones(tmp_path):
+    trainer = train(tmp_path, "plain", watch=True, num_iterations=2, max_steps=6)
+    table, _ = samples(tmp_path)
+    assert table["rollout"].nunique() == 1 and (table["updates"] == 6).all()
+    for _, row in table.iterrows():
+        first, last = (u for u in trainer.losses if u["row"] == row["row"])
+        n = len(row["token_ids"])
+        np.testing.assert_allclose(row["learner_logp"], last["learner_logp"][:n], rtol=1e-5)
+        np.testing.assert_allclose(row["entropy"], first["entropy"][:n], rtol=1e-5)
+        assert not np.allclose(first["learner_logp"][:n], last["learner_logp"][:n])
+
+
+def test_files_of_an_earlier_run_in_the_folder_do_not_stay(tmp_path):
+    train(tmp_path, "plain", max_steps=9)
+    train(tmp_path, "plain", max_steps=3)
+    assert samples(tmp_path)[0]["rollout"].unique().tolist() == [0]
+
+
 def test_a_plain_run_records_what_it_has(tmp_path):
     train(tmp_path, "plain")
     table, data = samples(tmp_path)

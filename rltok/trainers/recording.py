@@ -50,7 +50,7 @@ class SampleRecorder:
         self.held: dict[int, Columns] = {}
         """row -> its columns, of the rows that this rank generated"""
         self.used: dict[int, Columns] = {}
-        """row -> what updates on this rank made of it, and the number of the last one"""
+        """row -> what updates on this rank made of it; all updates of a row are on one rank"""
         self.made_at = 0
         """optimizer steps before the rollout at hand"""
         self.updates = 0
@@ -132,7 +132,6 @@ class SampleRecorder:
             rows = torch.where(there, value[index].float().cpu(), torch.nan)
             for new, (_, row) in zip(rows, places, strict=True):
                 used = self.used.setdefault(row, {})
-                used["update"] = self.updates
                 used[name] = _over(new, used.get(name), keep_old=name.startswith("first_"))
 
     def flush(self) -> None:
@@ -144,9 +143,7 @@ class SampleRecorder:
         if not self.trainer.accelerator.is_main_process or self._failed:
             return
         held = {row: columns for part, _ in parts for row, columns in part.items()}
-        for row, used in sorted(
-            ((row, used) for _, part in parts for row, used in part.items()), key=lambda pair: pair[1]["update"]
-        ):
+        for row, used in ((row, used) for _, part in parts for row, used in part.items()):
             _add_update(held[row], used)
         self._write([held[row] | {"row": row} for row in sorted(held)])
 
@@ -252,7 +249,7 @@ def _over(new: Tensor, old: Tensor | None, keep_old: bool) -> Tensor:
 def _add_update(held: Columns, used: Columns) -> None:
     """Enter what a rank's updates made of a row."""
     length = held["token_ids"].numel()
-    values = {name: _fit(value, length) for name, value in used.items() if name != "update"}
+    values = {name: _fit(value, length) for name, value in used.items()}
     entropy, logps = values.pop("first_entropy"), values.pop("first_logp")
     held.setdefault("entropy", entropy)
     held.setdefault("old_logp", logps)
