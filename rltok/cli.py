@@ -217,6 +217,54 @@ COMPLETIONS = typer.Option("--completions", metavar="FILE", help="JSON lines or 
 
 
 @app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run directories; several are laid over one another.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="The file to write. Default: report.html in the first run.")
+    ] = None,
+    max_mb: Annotated[
+        float, typer.Option("--max-mb", help="Largest size of the file; fewer completions fit less.")
+    ] = 9.5,
+    completions: Annotated[
+        int | None, typer.Option("--completions", help="Completions per run at most. Default: as many as fit.")
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: curves, recipes, and completions token by token with their credit."""
+    from rltok.report import load, resolve_runs
+    from rltok.report.html import Limits, build
+
+    limits = Limits(max_bytes=int(max_mb * 1e6), max_completions=completions)
+    loaded = [load(path, name) for name, path in resolve_runs(runs).items()]
+    path = build(loaded, out or runs[0] / "report.html", limits)
+    for run in loaded:
+        for problem in run.problems:
+            console.print(f"{run.name}: {problem}", highlight=False, soft_wrap=True, markup=False)
+    size = path.stat().st_size / 1e6
+    console.print(f"{path} ({size:.1f} MB)", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command(name="compare")
+def compare_methods(
+    comparison: Annotated[
+        str, typer.Argument(metavar="COMPARISON", help="A YAML file, or the name of a shipped one: demo.")
+    ],
+    overrides: Overrides = None,
+    only: Annotated[
+        list[str] | None, typer.Option("--only", help="Run only this arm, task or task/arm; may be repeated.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the runs and the expected time; run nothing.")
+    ] = False,
+) -> None:
+    """Train methods and controls over seeds, evaluate them on the same problems, and say what is more than noise."""
+    from rltok.compare import compare
+
+    raise typer.Exit(compare(comparison, console, only, dry_run, overrides or ()))
+
+
+@app.command()
 def attend(
     checkpoint: Probed,
     prompt: Annotated[

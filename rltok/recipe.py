@@ -70,7 +70,7 @@ ELSEWHERE = {
 }
 """Fields of the trainer's config that a recipe sets in another place: field -> that place."""
 
-Tracker = Literal["wandb", "tensorboard"]
+Tracker = Literal["wandb", "tensorboard", "trackio"]
 
 
 @dataclass(frozen=True)

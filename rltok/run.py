@@ -58,6 +58,8 @@ if TYPE_CHECKING:
 Moment = Literal["before", "after"]
 OTHER_ENGINE = "set rollout.engine=transformers"
 """What to do where the engine `fast` does not serve a model."""
+HEAT_MAPS = 4
+"""Completions of a rollout that W&B gets as HTML."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +274,8 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
         callbacks=[metrics, TrackRecipe(recipe)],
     )
     display.install(trainer)
+    if "wandb" in recipe.report.to and trainer._recorder is not None:
+        trainer._recorder.listeners.append(log_heat_maps)
     main = trainer.is_world_process_zero()
     if main:
         _write_recipe(recipe, run, console)
@@ -603,6 +607,18 @@ class TrackRecipe(TrainerCallback):
             wandb.config.update({"recipe": self.recipe.resolved()}, allow_val_change=True)
 
 
+def log_heat_maps(rows: Sequence[Mapping[str, Any]], step: int) -> None:
+    """The first recorded completions of a rollout as W&B HTML, coloured by the credit that the loss used."""
+    import wandb
+
+    from rltok.report.html import heatmap
+
+    shown = [row for row in rows if row.get("credit_used") is not None][:HEAT_MAPS]
+    if wandb.run is not None and shown:
+        pages = {f"tokens/{i}": wandb.Html(heatmap(row, "credit_used"), inject=False) for i, row in enumerate(shown)}
+        wandb.log(pages | {"train/global_step": step}, commit=False)
+
+
 def _set_tracker_environment(recipe: Recipe, run: RunDirectory) -> None:
     """What transformers' tracker callbacks read from the environment."""
     if "wandb" in recipe.report.to:
@@ -684,6 +700,7 @@ def _print_summary(
         "completions": run.completions,
         "summary": run.summary,
         "look at them": f"{_program()} show {run.path}",
+        "token by token": f"{_program()} report {run.path}",
         "evaluate again": f"{_program()} eval {checkpoint}",
     }
     for label, value in lines.items():

@@ -254,7 +254,7 @@ def test_killed_run_continues_to_the_same_parameters(
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     lines = other.read_metrics()
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and "stale" not in lines[2]
-    timed = ("seconds", "step_time", "rollout/tokens_per_second")
+    timed = {"seconds", "step_time", "rollout/tokens_per_second", "time/rollout", "time/score", "time/update"}
     for ours, theirs in zip(lines, run.read_metrics(), strict=True):
         assert {k: v for k, v in ours.items() if k not in timed} == {k: v for k, v in theirs.items() if k not in timed}
 
@@ -307,6 +307,22 @@ def test_wandb_offline_and_violated_expectation(
     for word in (b"token_group_average", b"recipe", b"train/reward", b"strict_after"):
         assert word in content
     assert list(run.path.glob("wandb/offline-run-*/files/media/table/completions*.json"))
+    maps = list(run.path.glob("wandb/offline-run-*/files/media/html/tokens/*.html"))
+    assert len(maps) == 4 and all("credit" in file.read_text() for file in maps)
+
+
+def test_report_and_compare_on_the_command_line(finished: subprocess.CompletedProcess, tmp_path: Path) -> None:
+    run = Path(finished.args) / "runs" / "smoke-seed0"
+    assert json.loads((run / "environment.json").read_text())["seed"] == 0
+    page = tmp_path / "page.html"
+    done = subprocess.run(command("report", str(run), "-o", str(page)), env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0 and str(page) in done.stdout, done.stderr
+    text = page.read_text(encoding="utf-8")
+    assert "smoke-seed0" in text and "http://" not in text.replace("http://www.w3.org", "")
+    missing = subprocess.run(command("report", str(tmp_path / "none")), env=ENVIRONMENT, capture_output=True, text=True)
+    assert missing.returncode == 2 and "none" in missing.stderr
+    plan = subprocess.run(command("compare", "demo", "--dry-run"), env=ENVIRONMENT, capture_output=True, text=True)
+    assert plan.returncode == 0 and "150 runs to do" in plan.stdout, plan.stderr
 
 
 # Parts

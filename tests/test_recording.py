@@ -12,10 +12,12 @@ import pandas as pd
 import pytest
 import torch
 from recording_worker import CASES, DOORS, train
+from test_report_page import unpacked_floats
 from tests_support import even_reward
 
 from rltok.config import ConfigError
 from rltok.report import load
+from rltok.report.page.samples import pack_samples
 
 HERE = Path(__file__).parent
 TOKENS = ["in_loss", "credit", "credit_used", "entropy", "sampler_logp", "old_logp", "learner_logp", "ratio", "clipped"]
@@ -85,6 +87,19 @@ def test_what_the_loss_used_last_is_what_is_recorded(full):
             compared += there.sum()
     assert compared > 50
     assert (np.concatenate(list(table["clipped"].dropna())) != 0).any(), "some ratio was clipped"
+
+
+def test_the_page_holds_what_the_loss_used(full):
+    """With the tests above: from the trainer's tensors to the numbers that the inspector shows, to five digits."""
+    _, table, data = full
+    chunks = pack_samples(data, 1e7).chunks
+    for name in ("credit", "credit_used", "entropy", "ratio", "sampler_logp", "waad", "wave"):
+        shown = [value for chunk in chunks for value in unpacked_floats(chunk[name])]
+        lists = zip(table[name], table["token_ids"], strict=True)
+        held = np.concatenate([np.full(len(ids), np.nan) if values is None else values for values, ids in lists])
+        assert len(shown) == len(held) and np.isfinite(held).sum() > 50
+        expected = [float(f"{value:.5g}") for value in held.tolist()]
+        np.testing.assert_array_equal(np.array(shown), np.array(expected), err_msg=name)
 
 
 def test_methods_and_columns_of_a_run_that_uses_them(full):

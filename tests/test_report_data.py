@@ -94,7 +94,7 @@ def make_run(path: Path, *, rollouts=3, steps=6) -> Path:
     """A complete run directory."""
     path.mkdir(parents=True)
     recipe = {"name": "demo", "training": {"max_steps": steps}, "evaluation": {"before": True, "after": True}}
-    (path / "recipe.yaml").write_text(json.dumps(recipe | {"report": {"samples": 16}}))  # JSON is YAML
+    (path / "recipe.yaml").write_text(json.dumps(recipe | {"report": {"samples": {"rows": 16}}}))  # JSON is YAML
     lines = [{"step": step, "seconds": 0.5 * step, "reward": 0.1 * step} for step in range(1, steps + 1)]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     for moment, value in (("before", 0.25), ("after", 0.5)):
@@ -576,12 +576,13 @@ def test_a_recipe_that_was_cut_off_does_not_stop_the_reader(tmp_path, text):
 def test_a_run_without_samples_says_which_setting_records_them(tmp_path):
     path = make_run(tmp_path / "run", rollouts=0)
     assert load(path).problems == [
-        "no completions were recorded token by token: samples is empty; report.samples of the recipe turns recording on"
+        "no completions were recorded token by token: samples is empty; "
+        "report.samples.rows of the recipe turns recording on"
     ]
-    (path / "recipe.yaml").write_text("name: demo\nreport: {samples: 0}\n")
+    (path / "recipe.yaml").write_text("name: demo\nreport: {samples: {rows: 0}}\n")
     run = load(path)
     assert run.problems == [
-        "no completions were recorded token by token: report.samples of the recipe is off or not there; "
+        "no completions were recorded token by token: report.samples.rows of the recipe is off or not there; "
         "set it to the number of completions to record"
     ]
     frame = run.samples(columns=["step", "credit"])

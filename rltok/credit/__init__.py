@@ -15,6 +15,7 @@ from rltok.batch import TokenBatch
 from rltok.credit.entropy_shaping import EntropyShaping, shape_by_entropy
 from rltok.credit.group import GroupCredit
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma, shape_advantages
+from rltok.credit.shuffled import ShuffledCredit, shuffle_credit
 from rltok.credit.token_group_average import TokenGroupAverage, token_group_average
 
 
@@ -42,6 +43,7 @@ CREDIT: dict[str, type] = {
     "token_group_average": TokenGroupAverage,
     "entropy_shaping": EntropyShaping,
     "preplan_anchor": PreplanAnchor,
+    "shuffled": ShuffledCredit,
 }
 
 
@@ -70,10 +72,12 @@ __all__ = [
     "GroupCredit",
     "PreplanAnchor",
     "RhythmCredit",
+    "ShuffledCredit",
     "TokenGroupAverage",
     "check_credit",
     "rhythm_gamma",
     "shape_advantages",
     "shape_by_entropy",
+    "shuffle_credit",
     "token_group_average",
 ]

@@ -28,7 +28,7 @@ Moment = Literal["before", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "after")
 RECIPE, METRICS, SUMMARY = "recipe.yaml", "metrics.jsonl", "summary.json"
 """Files of a run, as `rltok.run.RunDirectory` names them; that module takes seconds to import."""
-SAMPLES_SETTING = "report.samples"
+SAMPLES_SETTING = "report.samples.rows"
 """The setting of a recipe that records completions."""
 FIRST_ONES = 3
 """A problem names so many places at most."""
@@ -328,11 +328,11 @@ def _find_samples(run: RunData) -> None:
 
 
 def _why_no_samples(run: RunData) -> str:
-    key = SAMPLES_SETTING.split(".")[-1]
-    settings = _section(run, "report")
+    settings = _section(run, "report").get("samples")
+    rows = settings.get("rows") if isinstance(settings, Mapping) else None
     if sample_paths(run.path / FOLDER):
         return f"every file in {FOLDER} is damaged"
-    if not run.recipe or settings.get(key):
+    if not run.recipe or rows:
         return f"{FOLDER} is empty; {SAMPLES_SETTING} of the recipe turns recording on"
     return f"{SAMPLES_SETTING} of the recipe is off or not there; set it to the number of completions to record"
 

@@ -12,6 +12,7 @@ from rltok.rewards.entries import decode_entry, encode_entry
 from rltok.rewards.guard import RewardError, guarded
 from rltok.rewards.length import Length, OverlongPenalty
 from rltok.rewards.math_equivalence import MathEquivalence
+from rltok.rewards.random_reward import RandomReward
 from rltok.rewards.reasoning import ReasoningGym
 from rltok.rewards.verify import VerifierError, math_equal
 
@@ -22,6 +23,7 @@ __all__ = [
     "LenientAccuracy",
     "MathEquivalence",
     "OverlongPenalty",
+    "RandomReward",
     "ReasoningGym",
     "RewardError",
     "RewardSet",

@@ -15,6 +15,7 @@ from rltok.rewards.answer_format import AnswerFormat
 from rltok.rewards.guard import RewardFunction, guarded
 from rltok.rewards.length import Length, OverlongPenalty
 from rltok.rewards.math_equivalence import MathEquivalence
+from rltok.rewards.random_reward import RandomReward
 from rltok.rewards.reasoning import ReasoningGym
 from rltok.rewards.user import bind_options, load_function
 
@@ -26,6 +27,7 @@ REWARDS: dict[str, type] = {
     "answer_format": AnswerFormat,
     "overlong_penalty": OverlongPenalty,
     "length": Length,
+    "random_reward": RandomReward,
 }
 """Name -> frozen dataclass whose fields are the options and whose instances are reward functions."""
 

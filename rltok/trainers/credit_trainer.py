@@ -143,7 +143,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         self._scored: list[tuple[Tensor, Tensor | None]] | None = None
         self._postponed = False
         self._rewards_per_func: Tensor | None = None
-        self._trained_tokens = 0
+        self._trained_tokens = self._generated_tokens = 0
         self._selector = self._build_selector()
         self._selected: Selected | None = None
         self._rollout = RolloutState()
@@ -182,6 +182,8 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             self._fast.log()
         if self.model.training:
             self._phases["rollout"] += time.perf_counter() - start
+            tokens = torch.tensor([float(sum(map(len, output[1])))], device=self.accelerator.device)
+            self._generated_tokens += int(self._reducer.sum(tokens).item())
         return output
 
     def _generate_single_turn(self, prompt_ids: Any, *args: Any, **kwargs: Any) -> Any:
@@ -597,6 +599,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             self._table.refresh()
         if self.model.training:  # running totals, which a mean over the logged steps would blur
             self._metrics["train"]["trained_tokens"] = [self._trained_tokens]
+            self._metrics["train"]["generated_tokens"] = [self._generated_tokens]
             if self._selector is not None:
                 self._metrics["train"]["selection/skipped_updates"] = [self._rollout.skipped_updates]
         super().log(logs, *args, **kwargs)

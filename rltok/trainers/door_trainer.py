@@ -74,6 +74,8 @@ class DoorTrainer(GRPOTrainer):
     _skipping: SkippedPrompts | None
     _table: CreditTable
     _recorder: SampleRecorder | None
+    _generated_tokens: int
+    """completion tokens sampled since the start, all ranks"""
     _trained_tokens: int
     """completion tokens that entered the loss since the start, all ranks"""
     _selector: RolloutSelector | None

@@ -72,6 +72,7 @@ class ComposedLoss(DoorTrainer):
         values["entropy"] = entropy.detach()
         values["ratio"] = torch.exp(plan.log_weight.detach())
         self._log_token_means(values, trained, mode)
+        self._log_entropy_quantile(values["entropy"], trained, mode)
         if mode == "train" and self.log_completions and "row" in inputs:
             self._table.remember(inputs["row"], plan.advantages.expand_as(logps) * trained, valid)
         if mode == "train" and self._recorder is not None and "row" in inputs:
@@ -153,6 +154,13 @@ class ComposedLoss(DoorTrainer):
             low_min, high_max = self._reducer.max(torch.stack([-least, high.amax()])).tolist()
             self._metrics[mode]["clip_ratio/low_min"].append(-low_min if math.isfinite(low_min) else 0.0)
             self._metrics[mode]["clip_ratio/high_max"].append(high_max)
+
+    def _log_entropy_quantile(self, entropy: Tensor, mask: Tensor, mode: str) -> None:
+        """The entropy above which a fifth of the tokens of all ranks lies."""
+        values = self._gather(entropy[mask.bool()])
+        if values.numel():
+            top = values.kthvalue(max(1, math.ceil(0.8 * values.numel()))).values
+            self._metrics[mode]["entropy/top20_quantile"].append(top.item())
 
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ same files.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,8 @@ class SampleRecorder:
         self.made_at = 0
         """optimizer steps before the rollout at hand"""
         self.updates = 0
+        self.listeners: list[Callable[[list[Columns], int], None]] = []
+        """called on the main process with the rows that were written and the step at which the batch was made"""
         self._store: SampleStore | None = None
         self._failed = False
 
@@ -175,6 +177,8 @@ class SampleRecorder:
         except OSError as error:
             self._failed = True
             logger.warning("Completions are recorded no more (report.samples): %s. Training goes on.", error)
+        for listener in self.listeners:
+            listener(table, self.made_at)
 
     def _open(self) -> SampleStore:
         if self._store is None:

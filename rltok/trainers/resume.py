@@ -73,6 +73,7 @@ class ExactResume(DoorTrainer):
             "table": self._table.state(),
             "last_entropy_window": self._entropy_window_stats,
             "trained_tokens": self._trained_tokens,
+            "generated_tokens": self._generated_tokens,
             "rollout": vars(self._rollout),
             "samples": None if self._recorder is None else self._recorder.state(),
             "rollouts": None if self._fast is None else self._fast.rollouts,
@@ -103,7 +104,7 @@ class ExactResume(DoorTrainer):
             self._skipping.load(state["skipping"])
         self._table.load(state["table"])
         self._entropy_window_stats = state["last_entropy_window"]
-        self._trained_tokens = state["trained_tokens"]
+        self._trained_tokens, self._generated_tokens = state["trained_tokens"], state["generated_tokens"]
         self._rollout = RolloutState(**state["rollout"])
         if self._recorder is not None and state["samples"] is not None:
             self._recorder.load(state["samples"])
