@@ -699,6 +699,10 @@ def bench(rows: int = 16, tokens: int = 1000, repeats: int = 30) -> None:
         )
 
 
+def test_the_documentation_has_the_table_of_the_schema():
+    assert markdown().strip() in (Path(__file__).parent.parent / "docs" / "report.md").read_text(encoding="utf-8")
+
+
 if __name__ == "__main__":
     bench()
     bench(tokens=80)
