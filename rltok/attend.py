@@ -40,6 +40,7 @@ from rltok.attention.signals import AttentionSignals, attention_signals
 from rltok.complete import CompletionSettings, Engine, check_engine, complete, completed_ids
 from rltok.config import ConfigError, build
 from rltok.credit.preplan_anchor import PreplanAnchor, RhythmCredit, rhythm_gamma
+from rltok.files import write_atomically
 from rltok.models import ModelConfig, load_model, load_tokenizer
 from rltok.prompts import (
     Prompt,
@@ -52,7 +53,7 @@ from rltok.prompts import (
     read_rows,
     token_texts,
 )
-from rltok.run import quiet_libraries, write_atomically
+from rltok.run import quiet_libraries
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

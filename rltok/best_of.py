@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rltok.config import ConfigError, suggestion
@@ -13,14 +14,19 @@ from rltok.prompts import Row
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from rltok.generate import GenerateOptions
     from rltok.generation_files import Generated
     from rltok.recipe import Recipe
     from rltok.rewards import RewardSet
 
 
-def reward_set(options: GenerateOptions, recipe: Recipe | None) -> RewardSet | None:
+def reward_set(
+    asked: Sequence[str], best_of: int | None, recipe_data: bool, out: Path | None, recipe: Recipe | None
+) -> RewardSet | None:
     """The functions of `--reward`, else the recipe's where a choice or its data asks for rewards, else None.
+
+    Args:
+        asked: values of `--reward`.
+        out: folder in which a user's own reward file is kept.
 
     Raises:
         ConfigError: an unknown function, or none to choose by.
@@ -28,21 +34,19 @@ def reward_set(options: GenerateOptions, recipe: Recipe | None) -> RewardSet | N
     from rltok.rewards import build_rewards
 
     own: Mapping[str, Any] = (recipe.rewards or {}) if recipe is not None else {}
-    if options.rewards:
-        section = _asked_rewards(options.rewards, own)
-    elif options.best_of is None and not options.recipe_data:
+    if asked:
+        section = _asked_rewards(asked, own)
+    elif best_of is None and not recipe_data:
         return None
     elif not own:
-        if options.best_of is None:
+        if best_of is None:
             return None
-        raise ConfigError(
-            f"--best-of {options.best_of}: no reward to choose by; give --reward NAME, or a recipe with rewards"
-        )
+        raise ConfigError(f"--best-of {best_of}: no reward to choose by; give --reward NAME, or a recipe with rewards")
     else:
         section = dict(own)
-    found = build_rewards(section, save_dir=options.out)
-    if options.best_of is not None and not any(found.weights):
-        raise ConfigError(f"--best-of {options.best_of}: every reward has weight 0; give --reward NAME")
+    found = build_rewards(section, save_dir=out)
+    if best_of is not None and not any(found.weights):
+        raise ConfigError(f"--best-of {best_of}: every reward has weight 0; give --reward NAME")
     return found
 
 

@@ -103,8 +103,9 @@ def evaluate_checkpoint(
     ] = None,
 ) -> None:
     """Held-out rewards of a checkpoint, by the data, rewards and evaluation settings of its recipe."""
+    from rltok.files import write_json
     from rltok.recipe import load_recipe
-    from rltok.run import evaluate_path, write_json
+    from rltok.run import evaluate_path
 
     found = recipe or _recipe_of(checkpoint)
     loaded = load_recipe(found, [*(overrides or ()), f"model.path={json.dumps(str(checkpoint))}"])

@@ -208,7 +208,7 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     decoding = build_decoding(plan.decoding, "decoding")
     steering = build_steering(plan.steering, "steering")
     sampling = resolve_sampling(options, plan.recipe)
-    rewards = reward_set(options, plan.recipe)
+    rewards = reward_set(options.rewards, options.best_of, options.recipe_data, options.out, plan.recipe)
     rows = prompt_rows(options, plan.recipe)
     check_columns(rewards, rows)
     check_vectors(steering, "steering")

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rltok.complete import NamedProcessor
+from rltok.files import json_line, write_atomically, write_json
 from rltok.prompts import Row, token_texts
-from rltok.run import json_line, write_atomically, write_json
 from rltok.sampling import AdaptiveTemperature, CyclicReflexLogitsProcessor
 
 if TYPE_CHECKING:

@@ -11,12 +11,9 @@ runs/<name>-seed<seed>/
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
-import math
 import os
-import platform
 import shutil
 import sys
 import time
@@ -39,10 +36,11 @@ from rltok.complete import CompletionSettings, Engine, check_engine, check_metho
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
+from rltok.files import json_line, write_atomically, write_json
 from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
-from rltok.report.environment import environment, write_environment
+from rltok.report.environment import environment, versions, write_environment
 from rltok.rollout import build_decoding, build_rollout
 from rltok.sampler_stats import CALIBRATION_ROWS, SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
 from rltok.sampling import DecodingModule, make_processors
@@ -725,12 +723,6 @@ def _program() -> str:
     return os.path.relpath(script) if script.is_relative_to(Path.cwd()) else str(script)
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that decide a run's numbers."""
-    names = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "reasoning-gym", "rltok")
-    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
-
-
 # Files
 
 
@@ -751,35 +743,3 @@ def differences(old: Any, new: Any, path: str = "") -> list[str]:
         keys = dict.fromkeys([*old, *new])
         return [d for k in keys for d in differences(old.get(k), new.get(k), f"{path}.{k}" if path else str(k))]
     return [] if old == new else [path]
-
-
-def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Write a JSON file that is either whole or not there."""
-    write_atomically(path, json.dumps(_finite(values), indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside the file, then rename over it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(path.name + ".part")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
-def json_line(values: Mapping[str, Any]) -> str:
-    """A line of a JSON-lines file; NaN and infinity become null."""
-    return json.dumps(_finite(values)) + "\n"
-
-
-def _finite(value: Any) -> Any:
-    """NaN and infinity, which JSON does not have, as null."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return value if value is None or isinstance(value, str | int | bool) else float(value)

@@ -134,13 +134,13 @@ def test_evaluation_during_training_samples_plainly(tmp_path, monkeypatch, engin
     import rltok.trainers.credit_trainer as module
 
     modes = []
-    real = module.make_processors
+    real = module.named_processors
 
     def counting(modules, context):
         modes.append(trainer.model.training)
         return real(modules, context)
 
-    monkeypatch.setattr(module, "make_processors", counting)
+    monkeypatch.setattr(module, "named_processors", counting)
     trainer = make(tmp_path, ALL, per_device_eval_batch_size=4, max_steps=1, rollout={"engine": engine})
     trainer.train()
     assert modes == [True]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from datasets import Dataset
 from fast_worker import CASES, Sampled
 from peft import LoraConfig
 from rich.console import Console
-from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_settings
+from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_on_ranks, run_settings
 from tokenizers import decoders
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -26,8 +23,6 @@ from rltok.trainers import CreditConfig, CreditTrainer
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.engine_choice import engine_of
 from rltok.trainers.fast_engine import loop_settings, prompt_id
-
-HERE = Path(__file__).parent
 
 
 def make(folder, model=None, rollout=None, dataset=None, cls=Sampled, peft_config=None, eval_dataset=None, **changes):
@@ -141,18 +136,7 @@ def test_stop_strings_end_completions(tmp_path):
 
 
 def launch(ranks: int, folder: Path) -> dict:
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run = subprocess.run(
-        [*command, str(HERE / "fast_worker.py"), str(folder)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_ranks("fast_worker.py", ranks, folder)
     return torch.load(folder / f"fast{ranks}.pt", weights_only=True)
 
 

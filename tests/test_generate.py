@@ -870,12 +870,12 @@ def test_a_reward_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_reward_of_the_recipe_by_name_counts_whole(tmp_path: Path) -> None:
-    options = GenerateOptions(TINY, "demo", prompts=("a",), rewards=("lenient",), best_of=2, out=tmp_path)
-    found = reward_set(options, load_recipe("demo"))
+    demo = load_recipe("demo")
+    found = reward_set(("lenient",), 2, False, tmp_path, demo)
     assert found.names == ["lenient"] and found.weights == [1.0]
-    assert reward_set(replace(options, rewards=(), best_of=None), load_recipe("demo")) is None
+    assert reward_set((), None, False, tmp_path, demo) is None
     with pytest.raises(ConfigError, match="every reward has weight 0"):
-        reward_set(replace(options, rewards=()), load_recipe("demo", ["rewards.strict.weight=0.0"]))
+        reward_set((), 2, False, tmp_path, load_recipe("demo", ["rewards.strict.weight=0.0"]))
     assert resolve_sampling(options, load_recipe("demo")).max_new_tokens == 80
     assert resolve_sampling(options, None).max_new_tokens == 256
 

@@ -1,30 +1,15 @@
 """Two processes over gloo give what one gives: losses, metrics and parameters, on the same completions."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from ranks_worker import CASES
-
-HERE = Path(__file__).parent
+from tests_support import run_on_ranks
 
 
 def launch(ranks: int, folder: Path) -> dict:
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run = subprocess.run(
-        [*command, str(HERE / "ranks_worker.py"), str(folder)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
+    run_on_ranks("ranks_worker.py", ranks, folder)
     return torch.load(folder / f"ranks{ranks}.pt", weights_only=True)
 
 

@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from recording_worker import CASES, DOORS, train
 from test_report_page import unpacked_floats
-from tests_support import even_reward
+from tests_support import even_reward, run_on_ranks
 
 from rltok.config import ConfigError
 from rltok.report import load
 from rltok.report.page.samples import pack_samples
 
-HERE = Path(__file__).parent
 TOKENS = ["in_loss", "credit", "credit_used", "entropy", "sampler_logp", "old_logp", "learner_logp", "ratio", "clipped"]
 
 
@@ -152,26 +146,11 @@ def test_recording_changes_no_parameter(tmp_path):
         assert torch.equal(a, b)
 
 
-def launch(ranks: int, folder: Path) -> None:
-    command = [sys.executable]
-    if ranks > 1:
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    run = subprocess.run(
-        [*command, str(HERE / "recording_worker.py"), str(folder)],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for ranks in (1, 2):
-        launch(ranks, folder)
+        run_on_ranks("recording_worker.py", ranks, folder)
     return folder
 
 

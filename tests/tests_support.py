@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -120,3 +124,20 @@ def teacher_forced(model: Any, output: dict[str, torch.Tensor], chain: Sequence[
             scores = processor(ids[:, : start + t], scores)
         logps[:, t] = scores.log_softmax(-1).gather(1, ids[:, start + t, None]).squeeze(1)
     return logps
+
+
+def run_on_ranks(worker: str, ranks: int, folder: Path) -> None:
+    """Run a script of this folder, `worker FOLDER`, as one process or several over gloo."""
+    here = Path(__file__).parent
+    command = [sys.executable]
+    if ranks > 1:
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    run = subprocess.run(
+        [*command, str(here / worker), str(folder)],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(here), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]

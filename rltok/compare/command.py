@@ -94,7 +94,7 @@ def choose(plan: Plan, only: Sequence[str] | None) -> list[PlannedRun]:
 
 def write_report(results: Results, command: str) -> list[Path]:
     """Write report, picture and tables into the directory of a comparison; equal results give equal files."""
-    from rltok.run import write_atomically
+    from rltok.files import write_atomically
 
     folder = results.plan.directory
     pictures = plot.draw(results, folder)

@@ -69,7 +69,7 @@ def run_missing(plan: Plan, runs: Sequence[PlannedRun], console: Console, runner
 
 def _run_one(plan: Plan, run: PlannedRun, start: Runner) -> str | None:
     """None if the run is finished afterwards, else what went wrong."""
-    from rltok.run import write_atomically, write_json
+    from rltok.files import write_atomically, write_json
 
     recipe = plan.directory / "recipes" / f"{run.task}-{run.arm}.yaml"
     write_atomically(recipe, run.recipe.to_yaml())

@@ -5,6 +5,7 @@ A continued run keeps the facts of its first start; those of every continuation 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -15,6 +16,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from rltok.files import write_json
 
 FILE = "environment.json"
 """In a run directory."""
@@ -35,8 +38,6 @@ def environment(argv: Sequence[str], seed: int, processes: int, folder: str | Pa
         `started` (UTC, ISO 8601), `command`, `argv`, `seed`, `processes`, `python`, `platform`, `devices`, `versions`,
         and `git`: commit, branch and whether files differ from it; None outside a repository or without git.
     """
-    from rltok.run import versions
-
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(argv),
@@ -49,6 +50,12 @@ def environment(argv: Sequence[str], seed: int, processes: int, folder: str | Pa
         "versions": versions(),
         "git": git_state(folder),
     }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that decide a run's numbers."""
+    names = ("torch", "transformers", "trl", "accelerate", "datasets", "peft", "reasoning-gym", "rltok")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
 
 
 def devices() -> list[dict[str, Any]]:
@@ -93,8 +100,6 @@ def write_environment(run_dir: str | Path, facts: dict[str, Any], continued: boo
 
     A file that cannot be read is replaced: the facts then count as those of the first start.
     """
-    from rltok.run import write_json
-
     path = Path(run_dir) / FILE
     first = _first_start(path) if continued else None
     if first is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +17,9 @@ from rltok.sampling import DecodingContext
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather
 from rltok.trainers.doors import Doors
-from rltok.trainers.fast_engine import FastEngine
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts
 from rltok.trainers.selection import RolloutSelector, Selected
-
-if TYPE_CHECKING:
-    from rltok.trainers.recording import SampleRecorder
 
 # Inputs of vision models that TRL hands from scoring to the loss.
 MULTIMODAL = (
@@ -68,12 +64,13 @@ class DoorTrainer(GRPOTrainer):
     _gather: RaggedGather
     _sampler_stats: EntropyStats | None
     """statistics of the last rollout's entropies, for the next one's temperatures"""
-    _fast: FastEngine | None
-    """our engine, where it makes the completions"""
+    _fast: Any
+    """our `FastEngine`, where it makes the completions, else None"""
     _refill: RefillPrompts | None
     _skipping: SkippedPrompts | None
     _table: CreditTable
-    _recorder: SampleRecorder | None
+    _recorder: Any
+    """the `SampleRecorder`, None where nothing is recorded"""
     _generated_tokens: int
     """completion tokens sampled since the start, all ranks"""
     _trained_tokens: int

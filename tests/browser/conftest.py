@@ -26,19 +26,15 @@ FLAGS = [
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome", "chrome")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "browser: drives a headless Chromium; skipped without one")
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.browser)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    """One browser for all tests."""
+    """One browser for all tests of a file; the event loop that drives it must be gone before other tests run."""
     path = next((found for name in CHROMIUMS if (found := shutil.which(name))), None)
     if path is None:
         pytest.skip(f"no Chromium on the path ({', '.join(CHROMIUMS)}): apt-get install chromium")

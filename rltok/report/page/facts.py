@@ -9,8 +9,7 @@ from statistics import NormalDist
 from typing import Any
 
 import pandas as pd
-
-from rltok.recipe import dump_yaml
+import yaml
 
 LEVEL = 0.95
 """Of the intervals."""
@@ -232,4 +231,4 @@ def plain(value: Any) -> str:
 
 def recipe_text(recipe: Mapping[str, Any] | None) -> str:
     """A recipe as YAML."""
-    return dump_yaml(dict(recipe)) if recipe else ""
+    return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=110) if recipe else ""
