@@ -876,6 +876,7 @@ def test_reward_of_the_recipe_by_name_counts_whole(tmp_path: Path) -> None:
     assert reward_set((), None, False, tmp_path, demo) is None
     with pytest.raises(ConfigError, match="every reward has weight 0"):
         reward_set((), 2, False, tmp_path, load_recipe("demo", ["rewards.strict.weight=0.0"]))
+    options = GenerateOptions(TINY, "demo", prompts=("a",), best_of=2, out=tmp_path)
     assert resolve_sampling(options, load_recipe("demo")).max_new_tokens == 80
     assert resolve_sampling(options, None).max_new_tokens == 256
 

@@ -18,7 +18,7 @@ renewed one after the other, keys and values of a layer apart, so there is never
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -285,4 +285,7 @@ def layer_windows(config: Any) -> list[int | None]:
             f"{config.model_type!r} has layers of type {other}; the rollout loop serves {list(SERVED)}: use "
             "transformers' generate for this model"
         )
+    if isinstance(options, Mapping):  # of transformers before per-layer options: one mapping for all layers
+        window = options.get("sliding_window")
+        return [window if kind == "sliding_attention" else None for kind in types]
     return [option.get("sliding_window") for option in options]

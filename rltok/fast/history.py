@@ -48,8 +48,8 @@ class StopStrings:
 class RepetitionPenalty:
     """Makes ids that are in the row, prompt included, less likely: z / p where z > 0, else z p; 1 is off.
 
-    Padding is never counted; transformers' `generate` counts the pad token in padded rows only where it is given no
-    attention mask. Source: arXiv 1909.05858.
+    Padding is never counted; transformers 5.23 counts the pad token of padded rows only where it is given no attention
+    mask, 5.17 always. Source: arXiv 1909.05858.
     """
 
     def __init__(self, settings: LoopSettings) -> None:
