@@ -321,7 +321,22 @@ def test_report_and_compare_on_the_command_line(finished: subprocess.CompletedPr
     assert "smoke-seed0" in text and "http://" not in text.replace("http://www.w3.org", "")
     missing = subprocess.run(command("report", str(tmp_path / "none")), env=ENVIRONMENT, capture_output=True, text=True)
     assert missing.returncode == 2 and "none" in missing.stderr
-    plan = subprocess.run(command("compare", "demo", "--dry-run"), env=ENVIRONMENT, capture_output=True, text=True)
+    broken = tmp_path / "broken"  # as a run looks that was killed, and whose disk lost a little
+    shutil.copytree(run, broken)
+    (broken / "summary.json").unlink()
+    (broken / "evaluation_after.json").unlink()
+    lines = (broken / "metrics.jsonl").read_text().splitlines()
+    (broken / "metrics.jsonl").write_text("\n".join([*lines[:-1], lines[-1][:20]]))
+    first, *_ = sorted((broken / "samples").glob("*.parquet"))
+    first.write_bytes(first.read_bytes()[:-200])
+    both = subprocess.run(
+        command("report", str(run), str(broken), "-o", str(page)), env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert both.returncode == 0, both.stderr
+    for word in ("summary.json", "metrics.jsonl", first.name):
+        assert "broken: " in both.stdout and word in both.stdout and word in page.read_text(encoding="utf-8"), word
+    options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+    plan = subprocess.run(command("compare", "demo", "--dry-run"), **options)
     assert plan.returncode == 0 and "150 runs to do" in plan.stdout, plan.stderr
 
 
