@@ -152,9 +152,14 @@ class FastEngine:
     def _progress(self, rows: int) -> Iterator[Callable[[LoopProgress], None]]:
         """What shows the progress: callbacks with `on_rollout`, else a bar that appears when a rollout takes long."""
         trainer = self.trainer
-        shown = [c.on_rollout for c in trainer.callback_handler.callbacks if hasattr(c, "on_rollout")]
-        if shown:
-            yield lambda progress: [show(progress) for show in shown][0]
+        displays = [c for c in trainer.callback_handler.callbacks if hasattr(c, "on_rollout")]
+        if displays:
+
+            def tell(progress: LoopProgress) -> None:
+                for display in displays:
+                    display.on_rollout(progress)
+
+            yield tell
             return
         hidden = trainer.args.disable_tqdm or not trainer.is_world_process_zero()
         with tqdm(total=rows, desc="rollout", unit="row", delay=BAR_AFTER, leave=False, disable=hidden) as bar:
