@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from rltok.config import ConfigError, build_typed
 
 if TYPE_CHECKING:
     from rltok.attention.signals import AttentionConfig
-    from rltok.credit import CreditMethod
+    from rltok.credit import AttentiveCredit, CreditMethod
 
 
 def shuffle_credit(credit: Tensor, mask: Tensor, ids: Tensor, seed: tuple[int, ...]) -> Tensor:
@@ -87,7 +87,7 @@ class ShuffledCredit:
     @property
     def attention(self) -> AttentionConfig:
         """Options of the attention pass, of a method that has one."""
-        return self.method.attention  # type: ignore[attr-defined, no-any-return]
+        return cast("AttentiveCredit", self.method).attention
 
     def __call__(self, batch: TokenBatch) -> Tensor:
         return shuffle_credit(self.method(batch), batch.mask, batch.ids, (self.seed, batch.seed))

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -214,7 +214,7 @@ def host_array(values: Tensor | np.ndarray | Sequence[Any]) -> np.ndarray:
     if isinstance(values, np.ndarray | list | tuple | range):
         array = np.asarray(values)
         return array.astype(np.float32) if array.dtype == np.float16 else array
-    tensor = values.detach().cpu()  # type: ignore[union-attr]
+    tensor = cast("Tensor", values).detach().cpu()
     return (tensor.float() if tensor.is_floating_point() and tensor.element_size() < 4 else tensor).numpy()
 
 
