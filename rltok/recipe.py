@@ -21,8 +21,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from rltok.batching import BatchingConfig
 from rltok.config import ConfigError, build, build_typed, check_keys, convert, hints, join, lookup_type, suggestion
 from rltok.expect import check_syntax
+from rltok.faults import FaultsConfig
+from rltok.launch import LaunchConfig
 from rltok.models import TINY, ModelConfig
 from rltok.report.store import SampleConfig
 
@@ -41,6 +44,9 @@ SECTIONS = (
     "selection",
     "objective",
     "training",
+    "batching",
+    "launch",
+    "faults",
     "evaluation",
     "report",
     "expect",
@@ -57,6 +63,8 @@ ELSEWHERE = {
     "objective": "`objective`",
     "rollout": "`rollout`",
     "selection": "`selection`",
+    "batching": "`batching`",
+    "faults": "`faults`",
     "report_to": "`report.to`",
     "log_completions": "`report.completions`",
     "samples": "`report.samples`",
@@ -146,6 +154,9 @@ class Recipe:
     selection: dict[str, Any] | None = None
     objective: dict[str, Any] | list[Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
+    batching: BatchingConfig = field(default_factory=BatchingConfig)
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    faults: FaultsConfig = field(default_factory=FaultsConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
     expect: tuple[str, ...] = ()
@@ -469,19 +480,26 @@ def _recipe(values: dict[str, Any]) -> Recipe:
     }
     for index, expression in enumerate(plain.get("expect", ())):
         check_syntax(expression, f"expect[{index}]")
-    for key in ("model", "data", "training", "evaluation", "report"):
+    for key in ("model", "data", "training", "batching", "launch", "faults", "evaluation", "report"):
         if not isinstance(values.get(key, {}), dict):
             raise ConfigError(f"{key}: {values[key]!r} is not a mapping of settings", key)
     return Recipe(
         **plain,
-        model=build(ModelConfig, without_nulls(ModelConfig, values.get("model")), "model"),
+        model=_section(ModelConfig, values, "model"),
         training=_check_training(values.get("training", {})),
+        batching=_section(BatchingConfig, values, "batching"),
+        launch=_section(LaunchConfig, values, "launch"),
+        faults=_section(FaultsConfig, values, "faults"),
         evaluation=_check_evaluation(values.get("evaluation") or {}),
-        report=build(ReportConfig, without_nulls(ReportConfig, values.get("report")), "report"),
+        report=_section(ReportConfig, values, "report"),
         **_check_doors(values),
         data=_check_data(values),
         rewards=_check_rewards(values),
     )
+
+
+def _section(cls: type, values: Mapping[str, Any], name: str) -> Any:
+    return build(cls, without_nulls(cls, values.get(name)), name)
 
 
 def without_nulls(cls: type, values: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
 from rltok.files import json_line, write_atomically, write_json
+from rltok.launch import check_started
 from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
@@ -198,6 +199,8 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
             report_to=list(recipe.report.to) or "none",
             log_completions=recipe.report.completions,
             samples=asdict(recipe.report.samples),
+            batching=asdict(recipe.batching),
+            faults=asdict(recipe.faults),
             num_completions_to_print=0,
             disable_tqdm=True,
         )
@@ -241,6 +244,7 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
     run = run_directory(recipe)
     rewards = build_rewards(recipe.rewards, save_dir=run.path)
     args = training_arguments(recipe, run.path, rewards.weights)
+    check_started(recipe.launch, args.distributed_state)
     console = _console(console, args.process_index == 0)
     _refuse_sharded_evaluation(recipe)
     start = find_start(recipe, run)

@@ -26,3 +26,9 @@ class CreditConfig(GRPOConfig):
         default=None,
         metadata={"help": "record completions with every number of their tokens, {rows: 16, max_mb: 64}; None: none"},
     )
+    batching: dict[str, Any] | None = field(
+        default=None, metadata={"help": "micro-batches of the update, {balance: true}; None: as TRL cuts them"}
+    )
+    faults: dict[str, Any] | None = field(
+        default=None, metadata={"help": "reactions to faults, {nonfinite: skip}; None: the defaults"}
+    )
