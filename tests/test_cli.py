@@ -24,6 +24,7 @@ from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations
 from rltok.expect import check_expectations, check_syntax
 from rltok.progress import clock, describe_metrics
+from rltok.report import load
 from rltok.rewards import build_rewards
 from rltok.run import MetricsFile, RunDirectory, differences, fresh_directory
 
@@ -338,6 +339,23 @@ def test_report_and_compare_on_the_command_line(finished: subprocess.CompletedPr
     options = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
     plan = subprocess.run(command("compare", "demo", "--dry-run"), **options)
     assert plan.returncode == 0 and "150 runs to do" in plan.stdout, plan.stderr
+
+
+def test_a_run_of_one_step_on_two_processes_gives_a_whole_report(tmp_path: Path) -> None:
+    options = {"cwd": tmp_path, "env": ENVIRONMENT | {"OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    ranks = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = ["training.max_steps=1", "evaluation.before=false", "evaluation.rows=2", "output_dir=two"]
+    done = subprocess.run([*ranks, "-m", "rltok", "train", "smoke", *settings], timeout=300, **options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load(tmp_path / "two")
+    assert found.problems == [] and found.environment["processes"] == 2
+    assert found.metrics["step"].tolist() == [1]
+    samples = found.samples()
+    assert set(samples.groupby("group").size()) == {4} and len(samples) == 16  # whole groups, over both ranks
+    assert samples["row"].min() < 16 <= samples["row"].max() and samples["credit_used"].notna().any()
+    made = subprocess.run(command("report", "two"), **options)
+    assert made.returncode == 0 and "two/report.html" in made.stdout, made.stderr
+    assert (tmp_path / "two" / "report.html").stat().st_size > 100_000
 
 
 # Parts
