@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rltok.config import ConfigError, describe, first_line
+from rltok.secrets import redacted
 
 if TYPE_CHECKING:
     from rltok.recipe import Recipe
@@ -39,7 +40,7 @@ Overrides = Annotated[
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry of the console script; a wrong setting is printed without a traceback and exits with status 2."""
+    """Entry of the console script; a wrong setting, or a fault of a run, is printed without a traceback, status 2."""
     # Before torch is loaded: OpenMP threads that spin while they wait bring a shared CPU to a crawl (measured: 116 s
     # against 8 s for eight updates of the demo on two cores with one other process).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -48,17 +49,78 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(args=list(arguments) if arguments is not None else None, prog_name="rltok")
     except ConfigError as error:
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(f"error: {redacted(str(error))}\n")
         raise SystemExit(2) from None
+    except RuntimeError as error:
+        if not _is_explained(error):
+            raise
+        sys.stderr.write(f"error: {redacted(str(error))}\n")  # on every rank: it may be one rank's alone
+        raise SystemExit(2) from None
+
+
+def _is_explained(error: RuntimeError) -> bool:
+    """True for faults whose message says what happened, what was saved, and what to set."""
+    from rltok.faults import TrainingFault
+    from rltok.rewards.guard import RewardError
+
+    return isinstance(error, TrainingFault | RewardError)
 
 
 @app.command()
 def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
-    """Train a policy by a recipe; on several processes: accelerate launch -m rltok train RECIPE."""
+    """Train a policy by a recipe, in this process; on several processes or machines: rltok launch RECIPE."""
+    from rltok.launch import check_environment
     from rltok.recipe import load_recipe
     from rltok.run import train as run_recipe
 
-    raise typer.Exit(run_recipe(load_recipe(recipe, overrides or ()), console))
+    loaded = load_recipe(recipe, overrides or ())
+    check_environment(loaded)
+    raise typer.Exit(run_recipe(loaded, console))
+
+
+@app.command()
+def launch(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    processes: Annotated[
+        int | None,
+        typer.Option("--processes", help="Over all machines. Default: launch.processes, else one per GPU, or one."),
+    ] = None,
+    strategy: Annotated[
+        Literal["single", "ddp", "zero1", "zero2", "zero3", "fsdp"] | None,
+        typer.Option("--strategy", help="Default: launch.strategy, else ddp, or single for one process."),
+    ] = None,
+    machines: Annotated[int, typer.Option("--machines", help="Call this once on each, with its own rank.")] = 1,
+    machine_rank: Annotated[int, typer.Option("--machine-rank", help="Of this machine, from 0.")] = 0,
+    main_address: Annotated[
+        str | None, typer.Option("--main-address", metavar="HOST", help="Name or IP of machine 0.")
+    ] = None,
+    main_port: Annotated[int, typer.Option("--main-port", help="A free port of machine 0.")] = 29500,
+    device: Annotated[
+        Literal["auto", "cpu", "gpu"], typer.Option("--device", help="auto: GPUs where there are any.")
+    ] = "auto",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the command; start nothing.")] = False,
+) -> None:
+    """Train a policy by a recipe on several processes: prints the command that starts them, and becomes it."""
+    import torch
+
+    from rltok.launch import Machines, check_machine, plan_launch, runs_on_cpu
+    from rltok.recipe import load_recipe
+
+    place = Machines(machines, machine_rank, main_address, main_port)
+    given = [*(overrides or ())]
+    given += [f"launch.processes={processes}"] if processes is not None else []
+    given += [f"launch.strategy={strategy}"] if strategy is not None else []
+    loaded = load_recipe(recipe, given)
+    kind: Literal["cpu", "gpu"] = "cpu" if device == "cpu" or (device == "auto" and runs_on_cpu(loaded)) else "gpu"
+    found = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    # the GPUs of a machine that only prints say nothing about those of the machine that trains
+    plan = plan_launch(loaded, recipe, given, place, kind, None if dry_run and not found else found)
+    console.print(Text(str(plan)), soft_wrap=True)
+    if dry_run:
+        return
+    check_machine(loaded.launch.strategy, kind, found)
+    plan.start()
 
 
 @app.command()
@@ -74,6 +136,8 @@ def demo(overrides: Overrides = None) -> None:
     import torch
 
     kind = "gpu" if torch.cuda.is_available() else "cpu"
+    if kind == "gpu":
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one process that sees several would use nn.DataParallel
     config = str(CONFIG_DIR / "accelerate" / f"{kind}.yaml")
     threads = ["--num_cpu_threads_per_process", str(os.cpu_count() or 1)]
     raise typer.Exit(_launch(["--config_file", config, *threads, "-m", "rltok", "train", "demo", *given]))
@@ -545,7 +609,9 @@ def recipes() -> None:
 def check(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    processes: Annotated[int, typer.Option("--processes", help="Number of processes it will run on.")] = 1,
+    processes: Annotated[
+        int | None, typer.Option("--processes", help="It will run on. Default: launch.processes, else one.")
+    ] = None,
     brief: Annotated[
         bool, typer.Option("--brief", help="Leave out training settings that keep TRL's default.")
     ] = False,
@@ -560,7 +626,7 @@ def check(
     if not brief:
         values["training"] = _every_setting(loaded, args)
     console.print(Text(dump_yaml(values).rstrip()), soft_wrap=True)
-    for line in estimate(loaded, args, processes):
+    for line in estimate(loaded, args, processes or loaded.launch.processes or 1):
         console.print(Text(line), soft_wrap=True)
 
 

@@ -22,12 +22,12 @@ def check_combination(recipe: Recipe) -> CreditConfig:
     Raises:
         ConfigError: names the settings that do not go together.
     """
-    from rltok.rewards import build_rewards
+    from rltok.rewards.check import check_rewards
     from rltok.run import quiet_libraries, training_arguments
     from rltok.trainers.doors import build_doors, check_doors
 
     quiet_libraries()
-    rewards = build_rewards(recipe.rewards)
+    rewards = check_rewards(recipe.rewards)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(recipe, folder, rewards.weights)
     check_doors(build_doors(recipe.credit, recipe.objective, recipe.rollout, recipe.selection), args, rewards.names)

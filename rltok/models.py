@@ -1,8 +1,13 @@
-"""The policy: where its weights and tokenizer come from, adapters, and how large it is."""
+"""The policy: where its weights and tokenizer come from, adapters, quantised weights, and how large it is.
+
+Weights are read from safetensors alone, and no code of a model folder runs unless `model.trust_remote_code` is true.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib.util
+import json
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -10,10 +15,12 @@ from rltok.config import ConfigError
 
 if TYPE_CHECKING:
     from peft import LoraConfig
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 TINY = "tiny-reasoner"
 """Name of the embedded model."""
+PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+"""Patterns of weight files whose reading can run code."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,25 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
+class QuantizationSettings:
+    """Frozen weights of the linear layers in few bits, below an adapter that is trained (bitsandbytes).
+
+    Source: QLoRA, arXiv 2305.14314. Everything else (norms, embeddings, head) is kept in float32.
+    """
+
+    bits: Literal[4, 8] = 4
+    """of a quantised weight"""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """the sixteen values of 4 bits: of a normal distribution, or of a float"""
+    double: bool = True
+    """quantise the scales of 4 bits as well; saves about 0.4 bit per weight"""
+    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """in which 4-bit layers multiply"""
+    storage_dtype: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
+    """in which 4-bit weights are packed; FSDP needs that of the other weights"""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Which policy is trained, and how it is loaded."""
 
@@ -53,13 +79,38 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
     """of the weights; training.bf16 computes in bfloat16 over float32 weights"""
     attn_implementation: str | None = None
-    """eager, sdpa, flash_attention_2 or a kernel of the hub; None lets transformers choose"""
+    """eager, sdpa, flash_attention_2 or, with trust_remote_code, a kernel of the hub; None lets transformers choose"""
     trust_remote_code: bool = False
-    """run model code from the hub"""
+    """run code that comes with the model or its tokenizer"""
     lora: LoraSettings | None = None
     """train an adapter; None trains all weights"""
+    adapter: Literal["merge", "continue"] = "merge"
+    """where `path` is an adapter: merge it into the weights below it, or train on the same adapter"""
+    quantization: QuantizationSettings | None = None
+    """keep the weights below an adapter in 4 or 8 bits"""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """fields of the model's own configuration to change, such as rope_parameters"""
+
+    def __post_init__(self) -> None:
+        trains_adapter = self.lora is not None or self.adapter == "continue"
+        if self.adapter == "continue" and self.lora is not None:
+            raise ConfigError(
+                "model.adapter: 'continue' trains the adapter at model.path with its own settings; remove model.lora, "
+                "or merge it and train a new one with model.adapter=merge",
+                "model.adapter",
+            )
+        if self.quantization is not None and not trains_adapter:
+            raise ConfigError(
+                "model.quantization: weights in few bits cannot be trained; train an adapter with model.lora, such as "
+                "{r: 16}, or go on with one by model.adapter=continue",
+                "model.quantization",
+            )
+        if "/" in (self.attn_implementation or "") and not self.trust_remote_code:
+            raise ConfigError(
+                f"model.attn_implementation: {self.attn_implementation!r} is a kernel of the hub, which is code; take "
+                "eager, sdpa or flash_attention_2, or set model.trust_remote_code=true",
+                "model.attn_implementation",
+            )
 
 
 def resolve_path(path: str) -> str:
@@ -80,7 +131,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Tokenizer of the policy, padding on the left; the end-of-sequence token pads where there is no other.
 
     Raises:
-        ConfigError: there is no tokenizer at `model.path`.
+        ConfigError: there is no tokenizer at `model.path`, it needs code of its own, or it has no end-of-sequence token
+            to pad with.
     """
     from transformers import AutoTokenizer
 
@@ -92,6 +144,12 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         raise _not_found(config, error) from error
     tokenizer.padding_side = "left"
     if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"model.path: the tokenizer of {config.path!r} has neither pad_token nor eos_token, so nothing can pad "
+                "prompts or end a completion; set eos_token in its tokenizer_config.json",
+                "model.path",
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -106,6 +164,7 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
         )
     except (OSError, ValueError) as error:
         raise _not_found(config, error) from error
+    _check_attention(config, found)
     for key, value in config.config_overrides.items():
         if not hasattr(found, key):
             where = f"model.config_overrides.{key}"
@@ -115,30 +174,206 @@ def load_model_config(config: ModelConfig) -> PretrainedConfig:
 
 
 def load_model(config: ModelConfig) -> PreTrainedModel:
-    """The policy with its weights, on the CPU and in training mode's dtype; without the adapter.
+    """The policy with its weights, on the CPU and in training mode's dtype; without the adapter that `lora` adds.
 
-    A directory that holds a LoRA adapter is loaded with the adapter merged into the weights.
+    A directory that holds a LoRA adapter is loaded with the adapter merged into the weights below it, unless
+    `adapter="continue"` or the weights are quantised: then the adapter stays apart (a merged one would be rounded).
+    Quantised weights lie on the current CUDA device, if there is one.
+
+    Raises:
+        ConfigError: nothing there to load, weights only as pickle, code of its own without `trust_remote_code`, or
+            bitsandbytes is missing.
     """
+    path = resolve_path(config.path)
+    if is_adapter(path):
+        return _load_adapter(config, path)
+    if config.adapter == "continue":
+        raise ConfigError(
+            f"model.adapter: 'continue' needs an adapter at model.path, but {config.path!r} holds none "
+            "(adapter_config.json); name a checkpoint of a LoRA run, or train a new adapter with model.lora",
+            "model.adapter",
+        )
+    return _load_weights(config, path)
+
+
+def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
+    """Whole weights of a directory or of the hub, quantised if asked."""
     from transformers import AutoModelForCausalLM
 
-    path = resolve_path(config.path)
+    refuse_pickled_weights(path)
     options: dict[str, Any] = {"dtype": config.dtype}
     if config.attn_implementation is not None:
         options["attn_implementation"] = config.attn_implementation
-    if is_adapter(path):
-        from peft import AutoPeftModelForCausalLM
-
-        return AutoPeftModelForCausalLM.from_pretrained(path, **options).merge_and_unload()
+    if config.quantization is not None:
+        options |= _quantized_options(config.quantization)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model = AutoModelForCausalLM.from_pretrained(
             path,
             config=load_model_config(config),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,
+            use_safetensors=True,
             **options,
         )
     except OSError as error:
         raise _not_found(config, error) from error
+    if config.quantization is None:
+        return model
+    from peft import prepare_model_for_kbit_training
+
+    # gradient checkpointing is the trainer's to switch on
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _load_adapter(config: ModelConfig, path: str) -> Any:
+    """The adapter of a directory with the weights below it, merged or beside them."""
+    from peft import PeftConfig, PeftModel
+
+    refuse_pickled_weights(path)
+    about = PeftConfig.from_pretrained(path)
+    base = about.base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"model.path: adapter_config.json in {path!r} does not say which model the adapter belongs to; add "
+            "base_model_name_or_path to it",
+            "model.path",
+        )
+    below = _below(config, base, about.revision)
+    model = _load_weights(below, resolve_path(base))
+    if (Path(path) / "tokenizer_config.json").is_file():
+        tokens = len(load_tokenizer(config))
+        if tokens > model.get_input_embeddings().weight.shape[0]:
+            model.resize_token_embeddings(tokens)
+    with_adapter = PeftModel.from_pretrained(model, path, is_trainable=config.adapter == "continue")
+    if config.adapter == "continue" or config.quantization is not None:
+        return with_adapter
+    merged = with_adapter.merge_and_unload()
+    return merged.requires_grad_(True)  # peft froze the weights below the adapter
+
+
+def _below(config: ModelConfig, base: str, revision: str | None) -> ModelConfig:
+    """How the weights below an adapter are loaded: as the policy, from another place."""
+    if is_adapter(resolve_path(base)):
+        raise ConfigError(
+            f"model.path: the adapter at {config.path!r} belongs to {base!r}, which is an adapter itself; merge that "
+            "one and save it as a whole model first",
+            "model.path",
+        )
+    return replace(config, path=base, revision=revision)
+
+
+def check_trainable(config: ModelConfig) -> None:
+    """Refuse to train a new adapter on top of one that stays apart.
+
+    Raises:
+        ConfigError: quantised weights, an adapter at `model.path` and `model.lora` together.
+    """
+    if config.quantization is not None and config.lora is not None and is_adapter(resolve_path(config.path)):
+        raise ConfigError(
+            f"model.quantization: the adapter at {config.path!r} cannot be merged into quantised weights, so "
+            "model.lora would be a second one; go on with it by model.adapter=continue model.lora=null",
+            "model.quantization",
+        )
+
+
+def refuse_pickled_weights(path: str) -> None:
+    """Refuse a directory whose weights could only be read as pickle; names of the hub are checked while loading.
+
+    Raises:
+        ConfigError: names the files, and the command that converts them; or an index of shards that leads elsewhere.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        _check_index(index)
+    if any(folder.glob("*.safetensors")):
+        return
+    pickled = sorted({file.name for pattern in PICKLED_WEIGHTS for file in folder.glob(pattern)})
+    pickled = [name for name in pickled if name.startswith(("pytorch_model", "adapter_model", "model"))]
+    if pickled:
+        raise ConfigError(
+            f"model.path: {path!r} holds its weights only as pickle ({', '.join(pickled[:3])}), which can run code "
+            f"when it is read; if you trust it, convert it once:\n  {_conversion(path, pickled)}",
+            "model.path",
+        )
+
+
+def _conversion(path: str, pickled: list[str]) -> str:
+    """A command that writes safetensors from pickled weights, reading tensors alone."""
+    if "adapter_model.bin" in pickled:
+        text = (
+            "import torch, safetensors.torch as s; "
+            f"w = torch.load({path + '/adapter_model.bin'!r}, weights_only=True); "
+            f"s.save_file({{k: v.contiguous() for k, v in w.items()}}, {path + '/adapter_model.safetensors'!r})"
+        )
+    else:
+        text = (
+            "from transformers import AutoModelForCausalLM as M; "
+            f"M.from_pretrained({path!r}, use_safetensors=False, dtype='auto').save_pretrained({path!r})"
+        )
+    return f'python -c "{text}"'
+
+
+def _check_index(index: Path) -> None:
+    """Refuse an index of shards that names a file of another kind or in another folder."""
+    try:
+        shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"model.path: {index} is no index of shards ({type(error).__name__}: {error})") from error
+    for name in sorted(map(str, shards)):
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise ConfigError(
+                f"model.path: {index} names {name!r}; allowed: .safetensors files in the same folder", "model.path"
+            )
+
+
+def _check_attention(config: ModelConfig, found: PretrainedConfig) -> None:
+    """Refuse a kernel of the hub that the model's own configuration asks for."""
+    name = getattr(found, "_attn_implementation", None)
+    if not isinstance(name, str) or config.trust_remote_code or config.attn_implementation is not None:
+        return
+    if "/" in name:
+        raise ConfigError(
+            f"model.path: the configuration of {config.path!r} asks for the attention kernel {name!r}, which is code "
+            "from the hub; name another with model.attn_implementation=sdpa, or set model.trust_remote_code=true",
+            "model.path",
+        )
+
+
+def quantization_config(settings: QuantizationSettings) -> BitsAndBytesConfig:
+    """transformers' configuration of quantised weights.
+
+    Raises:
+        ConfigError: bitsandbytes is not installed.
+    """
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            "model.quantization: bitsandbytes is not installed; pip install 'rltok[qlora]', or remove "
+            "model.quantization to train the adapter over whole weights",
+            "model.quantization",
+        )
+    if settings.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.type,
+        bnb_4bit_use_double_quant=settings.double,
+        bnb_4bit_compute_dtype=settings.compute_dtype,
+        bnb_4bit_quant_storage=settings.storage_dtype,
+    )
+
+
+def _quantized_options(settings: QuantizationSettings) -> dict[str, Any]:
+    """What `from_pretrained` needs; the weights are quantised on the device where they stay."""
+    import torch
+
+    options: dict[str, Any] = {"quantization_config": quantization_config(settings)}
+    if torch.cuda.is_available():
+        options["device_map"] = {"": torch.cuda.current_device()}
+    return options
 
 
 def peft_config(lora: LoraSettings | None) -> LoraConfig | None:
@@ -197,7 +432,14 @@ def measure(config: ModelConfig, kv_bytes: int = 4) -> Size:
 
 
 def _not_found(config: ModelConfig, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    if "trust_remote_code" in text and not config.trust_remote_code:
+        return ConfigError(
+            f"model.path: {config.path!r} comes with code of its own, which does not run unless the recipe says "
+            "model.trust_remote_code=true; read that code first",
+            "model.path",
+        )
+    reason = text.splitlines()[0] if text else type(error).__name__
     return ConfigError(
         f"model.path: {config.path!r} cannot be loaded ({reason}); give {TINY!r}, a directory or a hub id", "model.path"
     )

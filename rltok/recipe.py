@@ -28,6 +28,7 @@ from rltok.faults import FaultsConfig
 from rltok.launch import LaunchConfig
 from rltok.models import TINY, ModelConfig
 from rltok.report.store import SampleConfig
+from rltok.secrets import redacted, refuse_secrets
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Where the shipped recipes lie."""
@@ -366,13 +367,14 @@ def _located(error: ConfigError, marks: Mapping[str, str]) -> ConfigError:
 
 def _parse_override(text: str) -> tuple[list[str | int], Any, str]:
     key, equals, raw = text.partition("=")
+    text = redacted(text)  # for messages
     if not equals or not key.strip():
         raise ConfigError(f"override {text!r}: write key.path=value, such as training.learning_rate=1e-5")
     keys: list[str | int] = [int(k) if k.isdigit() else k for k in re.findall(r"[^.\[\]]+", key.strip())]
     try:
         value = OmegaConf.to_container(OmegaConf.create(f"value: {raw}"), resolve=False)["value"]  # type: ignore
     except (yaml.YAMLError, OmegaConfBaseException, TypeError) as error:
-        raise ConfigError(f"override {text!r}: {raw!r} is not a YAML value ({str(error).splitlines()[0]})") from error
+        raise ConfigError(f"override {text!r}: not a YAML value ({str(error).splitlines()[0]})") from error
     return keys, value, text
 
 
@@ -418,6 +420,7 @@ def _spell(keys: Sequence[str | int]) -> str:
 
 
 def _interpolate(values: dict[str, Any]) -> dict[str, Any]:
+    _refuse_resolvers(values)
     try:
         return OmegaConf.to_container(OmegaConf.create(values), resolve=True)  # type: ignore[return-value]
     except OmegaConfBaseException as error:
@@ -425,6 +428,34 @@ def _interpolate(values: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(
             f"{where}: {str(error).splitlines()[0]}; write \\${{...}} for text that is no reference", where
         ) from error
+
+
+def _refuse_resolvers(value: Any, path: str = "") -> None:
+    """Refuse `${name:...}`, which calls a function: `${oc.env:NAME}` would write a variable into the run directory."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_resolvers(item, join(path, str(key)))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _refuse_resolvers(item, f"{path}[{index}]")
+    elif isinstance(value, str) and _calls_resolver(value):
+        raise ConfigError(
+            f"{path}: {value!r} calls a resolver; a recipe says the same on every machine, so only values of its own "
+            "can be named, such as ${training.max_completion_length}; give others as overrides on the command line",
+            path,
+        )
+
+
+def _calls_resolver(text: str) -> bool:
+    depth = 0
+    for part in re.findall(r"\\.|\$\{|[{}:]", text, flags=re.DOTALL):
+        if part == "${" or (part == "{" and depth):
+            depth += 1
+        elif part == "}" and depth:
+            depth -= 1
+        elif part == ":" and depth:
+            return True
+    return False
 
 
 # Paths
@@ -471,6 +502,7 @@ def _anchor_function(value: Any, folder: Path) -> Any:
 
 def _recipe(values: dict[str, Any]) -> Recipe:
     check_keys(values, SECTIONS, "")
+    refuse_secrets(values)
     values = {key: value for key, value in values.items() if value is not None}
     types = hints(Recipe)
     plain = {
@@ -620,14 +652,14 @@ def _check_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_rewards(values: Mapping[str, Any]) -> Any:
-    from rltok.rewards import build_rewards
+    from rltok.rewards.check import check_rewards
 
     section = values.get("rewards")
     if not section:
         raise ConfigError("rewards: missing; a recipe names at least one reward function", "rewards")
     if isinstance(section, dict):
         section = {name: value for name, value in section.items() if value is not None}
-    build_rewards(section)
+    check_rewards(section)  # a recipe that is only looked at runs no code
     return section
 
 

@@ -1,6 +1,7 @@
 """One training run: its directory, the held-out evaluations around the training, the summary.
 
 runs/<name>-seed<seed>/
+    .lock                     held by the run at work here
     recipe.yaml               the whole recipe, defaults filled in
     metrics.jsonl             one JSON object per logged step
     completions/*.parquet     what was sampled, with rewards and credit
@@ -21,11 +22,10 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-import yaml
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.table import Table
@@ -36,15 +36,19 @@ from rltok.complete import CompletionSettings, Engine, check_engine, check_metho
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
-from rltok.files import json_line, write_atomically, write_json
-from rltok.launch import check_started
-from rltok.models import is_adapter, load_model, load_tokenizer, peft_config
+from rltok.faults import explained, limit_collectives
+from rltok.files import explained_writes, json_line, write_atomically, write_json
+from rltok.launch import check_started, check_strategy, refuse_sharded_evaluation, running_strategy
+from rltok.models import check_trainable, is_adapter, load_model, load_model_config, load_tokenizer, peft_config
+from rltok.pickles import refuse_code
 from rltok.progress import EvaluationBar, ProgressDisplay
 from rltok.recipe import Recipe, dump_yaml
 from rltok.report.environment import environment, versions, write_environment
 from rltok.rollout import build_decoding, build_rollout
+from rltok.run_start import Moment, RunDirectory, Start, opened, record_origin, run_directory, written
 from rltok.sampler_stats import CALIBRATION_ROWS, SavedStats, calibrate_entropy, checkpoint_stats, stats_settings
 from rltok.sampling import DecodingModule, make_processors
+from rltok.secrets import redacted, refuse_secrets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
@@ -54,70 +58,16 @@ if TYPE_CHECKING:
     from rltok.steering import SteeringConfig
     from rltok.trainers import CreditConfig
 
-Moment = Literal["before", "after"]
 OTHER_ENGINE = "set rollout.engine=transformers"
 """What to do where the engine `fast` does not serve a model."""
+DISK_ADVICE = (
+    "The run stops; its last whole checkpoint is untouched. Make room (training.save_total_limit=N keeps fewer "
+    "checkpoints, report.samples.max_mb=N fewer samples), then continue with resume=auto; or give another disk with "
+    "output_dir=DIR"
+)
+"""What to do where the disk refuses a file."""
 HEAT_MAPS = 4
 """Completions of a rollout that W&B gets as HTML."""
-
-
-@dataclass(frozen=True)
-class RunDirectory:
-    """The files of one run."""
-
-    path: Path
-
-    @property
-    def recipe(self) -> Path:
-        """The resolved recipe."""
-        return self.path / "recipe.yaml"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per logged step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def summary(self) -> Path:
-        """The figures of a complete run."""
-        return self.path / "summary.json"
-
-    @property
-    def completions(self) -> Path:
-        """Folder of the sampled completions, a parquet file per logged step."""
-        return self.path / "completions"
-
-    def evaluation(self, moment: Moment) -> Path:
-        """Means of a held-out evaluation."""
-        return self.path / f"evaluation_{moment}.json"
-
-    def evaluation_rows(self, moment: Moment) -> Path:
-        """Rows of a held-out evaluation."""
-        return self.path / f"evaluation_{moment}.parquet"
-
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`; a line cut off by a killed process is left out."""
-        lines = []
-        if self.metrics.is_file():
-            for text in self.metrics.read_text(encoding="utf-8").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    continue
-        return lines
-
-
-@dataclass(frozen=True)
-class Start:
-    """Where a run begins: `checkpoint` None is from scratch; `complete`: there is nothing left to do."""
-
-    checkpoint: Path | None = None
-    complete: bool = False
-
-
-def run_directory(recipe: Recipe) -> RunDirectory:
-    """`output_dir`, or `runs/<name>-seed<seed>` below the working directory."""
-    return RunDirectory(Path(recipe.output_dir or f"runs/{recipe.name}-seed{recipe.seed}"))
 
 
 def fresh_directory(recipe_name: str, seed: int) -> str:
@@ -127,46 +77,6 @@ def fresh_directory(recipe_name: str, seed: int) -> str:
     while path.exists():
         path, number = base.with_name(f"{base.name}-{number}"), number + 1
     return str(path)
-
-
-def find_start(recipe: Recipe, run: RunDirectory) -> Start:
-    """Where to begin, by `resume` and what the run directory holds.
-
-    Raises:
-        ConfigError: the directory holds a run and `resume` is `never`, or `resume` is a path without a checkpoint.
-    """
-    from rltok.trainers.checkpoint import latest_checkpoint
-
-    holds_run = run.path.is_dir() and any(run.path.iterdir())
-    if recipe.resume == "never":
-        if holds_run:
-            raise ConfigError(
-                f"output_dir: {run.path} already holds a run; continue it with resume=auto, "
-                "or give another directory with output_dir=DIR or another seed=N",
-                "output_dir",
-            )
-        return Start()
-    if recipe.resume == "auto":
-        if run.summary.is_file():
-            return Start(complete=True)
-        return Start(latest_checkpoint(run.path) if holds_run else None)
-    return Start(_given_checkpoint(Path(recipe.resume).expanduser()))
-
-
-def _given_checkpoint(path: Path) -> Path:
-    from rltok.trainers.checkpoint import damage, latest_checkpoint
-
-    if not path.is_dir():
-        raise ConfigError(f"resume: {str(path)!r} is no directory; allowed: auto, never, a checkpoint, a run", "resume")
-    if (path / "trainer_state.json").is_file():
-        problem = damage(path)
-        if problem is not None:
-            raise ConfigError(f"resume: {path} is not usable: {problem}", "resume")
-        return path
-    found = latest_checkpoint(path)
-    if found is None:
-        raise ConfigError(f"resume: {path} holds no whole checkpoint", "resume")
-    return found
 
 
 def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: Sequence[float]) -> CreditConfig:
@@ -217,52 +127,83 @@ def _reference_options(recipe: Recipe) -> dict[str, Any] | None:
         ConfigError: the policy starts from a merged adapter, which TRL cannot load a second time.
     """
     model = recipe.model
-    if not recipe.training.get("beta") or model.lora is not None:
-        return None
+    if not recipe.training.get("beta") or model.lora is not None or model.adapter == "continue":
+        return None  # the reference is the policy without its new adapter, or a copy of the adapter at its start
     if is_adapter(model.path):
         raise ConfigError(
             f"training.beta: {recipe.training['beta']} needs a reference policy, but model.path {model.path!r} is an "
             "adapter, whose merged weights cannot be loaded again; save the merged model first, or set training.beta=0",
             "training.beta",
         )
-    options = {"revision": model.revision, **model.config_overrides}
-    return {key: value for key, value in options.items() if value is not None} or None
+    options = {
+        "revision": model.revision,
+        "use_safetensors": True,
+        "trust_remote_code": model.trust_remote_code,
+        **model.config_overrides,
+    }
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def train(recipe: Recipe, console: Console | None = None) -> int:
     """Run a recipe to its end; 0 if its expectations hold, 1 if one does not.
 
     Raises:
-        ConfigError: settings that cannot work together; raised before the first rollout.
+        ConfigError: settings that cannot work together, or a directory that another run is using; raised before the
+            first rollout, on all processes.
+        StorageError: the disk refused a file; what was saved before can be continued.
     """
-    from rltok.config import build
-    from rltok.data import DataConfig, load_data
     from rltok.rewards import build_rewards
-    from rltok.trainers import CreditTrainer
 
     quiet_libraries()
     run = run_directory(recipe)
-    rewards = build_rewards(recipe.rewards, save_dir=run.path)
+    refuse_secrets(recipe.resolved())
+    check_trainable(recipe.model)
+    rewards = build_rewards(recipe.rewards, save_dir=run.path, timeout=recipe.faults.reward_timeout)
     args = training_arguments(recipe, run.path, rewards.weights)
     check_started(recipe.launch, args.distributed_state)
+    limit_collectives(args.ddp_timeout)
     console = _console(console, args.process_index == 0)
     _refuse_sharded_evaluation(recipe)
-    start = find_start(recipe, run)
-    args.distributed_state.wait_for_everyone()  # nobody writes before everybody has looked
-    if start.complete:
-        console.print(
-            f"{run.path} is complete already; see {run.summary}. To train on: resume={run.path}; "
-            "for another run: output_dir=DIR or seed=N",
-            soft_wrap=True,
-        )
-        return 0
+
+    def say(line: str) -> None:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    with opened(recipe, run, args, say) as start:
+        if start.complete:
+            say(
+                f"{run.path} is complete already; see {run.summary}. To train on: resume={run.path}; "
+                "for another run: output_dir=DIR or seed=N"
+            )
+            return 0
+        with explained_writes(run.path, DISK_ADVICE), explained(args.process_index, args.ddp_timeout):
+            return _train(recipe, run, start, args, rewards, console)
+
+
+def _train(
+    recipe: Recipe, run: RunDirectory, start: Start, args: CreditConfig, rewards: RewardSet, console: Console
+) -> int:
+    from rltok.config import build
+    from rltok.data import DataConfig, check_prompts, load_data
+    from rltok.trainers import CreditTrainer
+
+    if start.checkpoint is not None:
+        refuse_code(start.checkpoint)
     _set_tracker_environment(recipe, run)
     set_seed(recipe.seed)
-    splits = load_data(build(DataConfig, recipe.data, "data"), recipe.seed)
+    data, evaluates = build(DataConfig, recipe.data, "data"), recipe.evaluation.before or recipe.evaluation.after
     tokenizer = load_tokenizer(recipe.model)
     check_evaluation(recipe, tokenizer)
+    splits = check_prompts(
+        load_data(data, recipe.seed),
+        data,
+        tokenizer,
+        load_model_config(recipe.model),
+        completion=args.max_completion_length,
+        evaluation=evaluation_options(recipe)["max_new_tokens"] if evaluates else None,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
     model = load_model(recipe.model)
-    if recipe.evaluation.before or recipe.evaluation.after:
+    if evaluates:
         check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
     display = ProgressDisplay(console, recipe.report.progress)
     metrics = MetricsFile(run)
@@ -275,14 +216,18 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
         peft_config=peft_config(recipe.model.lora),
         callbacks=[metrics, TrackRecipe(recipe)],
     )
+    check_strategy(recipe.launch, trainer.accelerator)
+    refuse_sharded_evaluation(
+        running_strategy(trainer.accelerator),
+        recipe.evaluation.before and start.checkpoint is None and not start.evaluated,
+        recipe.evaluation.after,
+    )
     display.install(trainer)
     if "wandb" in recipe.report.to and trainer._recorder is not None:
         trainer._recorder.listeners.append(log_heat_maps)
     main = trainer.is_world_process_zero()
     if main:
-        _write_recipe(recipe, run, console)
-        facts = environment(sys.argv, recipe.seed, args.world_size)
-        write_environment(run.path, facts, continued=start.checkpoint is not None)
+        _begin_files(recipe, run, start, args.world_size)
     console.print(
         f"{recipe.name}, seed {recipe.seed}: {len(splits.train)} training and {len(splits.heldout)} held-out rows, "
         f"{args.world_size} process(es) on {args.device.type}, in {run.path}",
@@ -290,9 +235,9 @@ def train(recipe: Recipe, console: Console | None = None) -> int:
         soft_wrap=True,
     )
     if start.checkpoint is not None:
-        console.print(f"continuing from {start.checkpoint}")
+        console.print(f"continuing from {start.checkpoint}", soft_wrap=True)
     held_out = HeldOut(recipe, run, console, tokenizer, splits.heldout, rewards, trainer)
-    if recipe.evaluation.before and not run.evaluation("before").is_file():
+    if recipe.evaluation.before and not start.evaluated:
         if start.checkpoint is None:
             held_out.evaluate("before")
         else:
@@ -606,7 +551,7 @@ class TrackRecipe(TrainerCallback):
         if "wandb" in self.recipe.report.to and state.is_world_process_zero:
             import wandb
 
-            wandb.config.update({"recipe": self.recipe.resolved()}, allow_val_change=True)
+            wandb.config.update({"recipe": redacted(self.recipe.resolved())}, allow_val_change=True)
 
 
 def log_heat_maps(rows: Sequence[Mapping[str, Any]], step: int) -> None:
@@ -730,15 +675,14 @@ def _program() -> str:
 # Files
 
 
-def _write_recipe(recipe: Recipe, run: RunDirectory, console: Console) -> None:
-    """Write the resolved recipe; a continued run says which settings differ from those it was started with."""
-    run.path.mkdir(parents=True, exist_ok=True)
-    resolved = recipe.resolved() | {"resume": "never"}
-    if run.recipe.is_file():
-        changed = differences(yaml.safe_load(run.recipe.read_text(encoding="utf-8")), resolved)
-        if changed:
-            console.print(f"settings that changed since the start of this run: {', '.join(changed)}")
-    write_atomically(run.recipe, dump_yaml(resolved))
+def _begin_files(recipe: Recipe, run: RunDirectory, start: Start, processes: int) -> None:
+    """What a run says about itself before it trains; one that is trained on is not complete any more."""
+    run.summary.unlink(missing_ok=True)
+    run.forget_evaluation("after")
+    record_origin(run, start)
+    write_atomically(run.recipe, dump_yaml(written(recipe)))
+    facts = environment(sys.argv, recipe.seed, processes)
+    write_environment(run.path, facts, continued=start.checkpoint is not None)
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

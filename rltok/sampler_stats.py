@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rltok.complete import Completed, CompletionSettings, complete, needs_entropy_stats
 from rltok.entropy import EntropyStats, Gather, entropy_stats
+from rltok.pickles import load_tensors
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingModule, RolloutProcessor, Rows, row_entropy
 from rltok.sampling.processor import Columns
 
@@ -62,7 +63,7 @@ def checkpoint_stats(folder: str | Path) -> SavedStats | None:
     file = folder / STATE_FILE
     if not file.is_file():
         return None
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)  # it also holds a whole rollout
+    state = load_tensors(file, map_location="cpu", mmap=True)  # it also holds a whole rollout
     values = state.get("sampler_stats")
     if values is None:
         return None

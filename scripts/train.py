@@ -1,4 +1,4 @@
-"""`accelerate launch scripts/train.py --config RECIPE [key.path=value ...]`: the same as `rltok train RECIPE ...`."""
+"""`python scripts/train.py --config RECIPE [key.path=value ...]`: as `rltok train`; several processes: `rltok launch`."""
 
 import argparse
 

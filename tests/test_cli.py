@@ -76,7 +76,7 @@ def test_help_is_immediate() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    for word in ("train", "eval", "demo", "methods", "recipes", "check", "show"):
+    for word in ("train", "launch", "eval", "demo", "methods", "recipes", "check", "show"):
         assert word in done.stdout
 
 

@@ -182,4 +182,4 @@ def test_contract_with_trl():
     }, "TRL scores with other inputs than we hand on"
     fields = {f for f in GRPOConfig.__dataclass_fields__}
     ours = set(CreditConfig.__dataclass_fields__) - fields
-    assert ours == {"credit", "objective", "rollout", "selection", "samples"}
+    assert ours == {"credit", "objective", "rollout", "selection", "samples", "batching", "faults"}

@@ -155,6 +155,8 @@ def test_hub_recipe_trains_on_stand_ins(name: str, folder: Path, random_model: P
     else:
         write(folder / "rows.jsonl", "\n".join(json.dumps(row) for row in stand_in_rows(name)))
         overrides += ["data.source=file", "data.path=rows.jsonl", "data.heldout_size=4"]
+    if name.endswith("qlora"):
+        overrides += ["model.quantization=null"]  # bitsandbytes may be missing; tests/test_model_loading.py has it
     if "dapo_math" in name:
         overrides += ["rewards.overlong.cache_tokens=2"]
     recipe = load_recipe(name, overrides)
@@ -164,7 +166,7 @@ def test_hub_recipe_trains_on_stand_ins(name: str, folder: Path, random_model: P
     assert summary["steps"] == 2 and summary["recipe"] == name
     for key in ("strict_before", "strict_after", "lenient_before", "lenient_after"):
         assert 0.0 <= summary[key] <= 1.0
-    assert (out / "checkpoint-2" / "adapter_config.json").is_file() == name.endswith("lora")
+    assert (out / "checkpoint-2" / "adapter_config.json").is_file() == ("lora" in name)
     assert load_recipe(out / "recipe.yaml") == recipe
 
 

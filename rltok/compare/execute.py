@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import signal
 import statistics
@@ -23,8 +22,8 @@ from typing import IO, Any
 from rich.console import Console
 
 from rltok.compare.plan import Plan, PlannedRun
-from rltok.config import ConfigError
 from rltok.progress import clock
+from rltok.run_lock import locked
 
 Runner = Callable[[Sequence[str], Path], int]
 """Runs a command with its output appended to a file; returns the exit status, negative for a signal."""
@@ -148,16 +147,14 @@ def _last_lines(log: Path, count: int = 5) -> str:
 @contextmanager
 def _locked(directory: Path) -> Iterator[IO[str]]:
     """Hold the directory; the lock is shared with runs, so that one that outlives a killed comparison is noticed."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with (directory / ".lock").open("a", encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(
-                f"{directory}: another comparison, or a run that one started, is still at work there; wait for it, end "
-                "it, or choose another output_dir",
-                "output_dir",
-            ) from None
+
+    def busy(holder: str) -> str:
+        return (
+            f"{directory}: another comparison, or a run that one started, is still at work there ({holder}); wait for "
+            "it, end it, or choose another output_dir"
+        )
+
+    with locked(directory, busy) as lock:
         yield lock
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 from rltok.config import ConfigError, build, check_keys, suggestion
 
 Source = Literal["reasoning_gym", "file", "hub"]
+LongPrompts = Literal["refuse", "drop"]
 
 SUFFIXES = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv"}
 """File suffix -> reader of the datasets library."""
@@ -29,6 +30,8 @@ ONLY_FOR = {
     "revision": "hub",
     "heldout_split": "hub",
 }
+LEAST = {"train_size": 1, "max_rows": 1, "heldout_size": 0, "max_prompt_tokens": 1}
+"""Setting -> smallest value."""
 NOT_FOR_REASONING_GYM = ("columns", "answer_pattern", "max_rows", "heldout_fraction")
 
 
@@ -90,6 +93,10 @@ class DataConfig:
     """system prompt"""
     conversational: bool = True
     """prompts are lists of messages; otherwise plain text for a model without chat template"""
+    max_prompt_tokens: int | None = None
+    """longest prompt, chat template included; the model's positions less the completion's are a limit in any case"""
+    long_prompts: LongPrompts = "refuse"
+    """a longer prompt: `refuse` ends the run before it starts; `drop` leaves such rows out and says how many"""
 
     heldout_size: int | None = None
     """number of held-out rows; reasoning_gym requires it"""
@@ -109,6 +116,8 @@ class DataConfig:
         object.__setattr__(self, "tasks", specs)
         if self.source not in get_args(Source):
             raise _error("source", f"{self.source!r} is unknown{suggestion(str(self.source), get_args(Source))}")
+        if self.long_prompts not in get_args(LongPrompts):
+            raise _error("long_prompts", f"{self.long_prompts!r}; allowed: {', '.join(get_args(LongPrompts))}")
         self._check_places()
         self._check_sizes()
         if self.source == "reasoning_gym":
@@ -137,7 +146,7 @@ class DataConfig:
                 raise _error(name, "belongs to source: file or hub, but data.source is reasoning_gym")
 
     def _check_sizes(self) -> None:
-        for name, least in (("train_size", 1), ("max_rows", 1), ("heldout_size", 0)):
+        for name, least in LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise _error(name, f"{value} must be at least {least}")

@@ -27,6 +27,12 @@ def template_fields(template: str, allowed: Iterable[str], path: str) -> list[st
     fields = []
     for name in parsed:
         head = name.split(".")[0].split("[")[0]
+        if "." in name.split("[")[0]:
+            raise ConfigError(
+                f"{path}: {template!r} asks for an attribute, {name!r}; only columns and their parts in brackets are "
+                f"filled in, such as {{{head}[key]}}",
+                path,
+            )
         if not head:
             raise ConfigError(f"{path}: {template!r} has an empty field {{}}; double literal braces, {{{{}}}}", path)
         if head not in names:

@@ -18,6 +18,8 @@ from rltok.data.prompts import fill, make_prompt, plain_text, prompt_key, templa
 LoadHub = Callable[..., Any]
 
 DEFAULT_HELDOUT_FRACTION = 0.1
+NO_ROWS = "corresponds to no data"
+"""What the datasets library says of a file without rows, if it says anything."""
 RESERVED = frozenset(
     {
         "prompts",
@@ -45,9 +47,13 @@ def read_file(path: str, base_dir: Path, setting: str) -> Dataset:
         raise ConfigError(message, setting)
     reader = {"json": Dataset.from_json, "parquet": Dataset.from_parquet, "csv": Dataset.from_csv}
     options = {"sep": "\t"} if file.suffix.lower() == ".tsv" else {}
+    if file.stat().st_size == 0:
+        raise _no_rows(setting, path)
     try:
         table = reader[SUFFIXES[file.suffix.lower()]](str(file), **options)
-    except (DatasetGenerationError, ValueError, OSError) as error:
+    except (DatasetGenerationError, ValueError, OSError, StopIteration) as error:
+        if isinstance(error, StopIteration) or NO_ROWS in str(error):
+            raise _no_rows(setting, path) from error
         cause = error.__cause__ or error
         raise ConfigError(f"{setting}: {path!r} cannot be read: {type(cause).__name__}: {cause}", setting) from error
     return _not_empty(table, setting, path)
@@ -200,5 +206,9 @@ def _heldout_count(config: DataConfig, distinct: int) -> tuple[int, str]:
 
 def _not_empty(table: Dataset, setting: str, what: str) -> Dataset:
     if len(table) == 0:
-        raise ConfigError(f"{setting}: {what!r} has no rows", setting)
+        raise _no_rows(setting, what)
     return table
+
+
+def _no_rows(setting: str, what: str) -> ConfigError:
+    return ConfigError(f"{setting}: {what!r} has no rows", setting)

@@ -49,8 +49,14 @@ class RowCache(Protocol):
     def of_row(self, row: int, length: int) -> Entry:
         """What is held of a row's newest `length` tokens, for `insert`; may be views, which the loop clones to keep."""
 
-    def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int) -> None:
-        """New rows behind the others, so many copies of each entry; afterwards `seen` columns, no fewer than before."""
+    def begin(self, padding: Sequence[int]) -> None:
+        """A batch of prompts follows, each with so many columns of padding on its left."""
+
+    def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int, lengths: Sequence[int]) -> None:
+        """New rows behind the others, so many copies of each entry; afterwards `seen` columns, no fewer than before.
+
+        `lengths` are the tokens of each entry's row.
+        """
 
     def keep(self, moves: Sequence[tuple[int, int]], rows: int) -> None:
         """Copy row a into place b for every (a, b), then use the first `rows` places only; rows may be 0."""
@@ -244,7 +250,12 @@ class BlockCache(Cache):
         """Views of a row's newest `length` tokens, layer by layer."""
         return [layer.of_row(row, length) for layer in self.layers]
 
-    def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int) -> None:
+    def begin(self, padding: Sequence[int]) -> None:
+        """Nothing: masks tell the padding of prompts."""
+
+    def insert(
+        self, entries: Sequence[Entry], copies: Sequence[int], seen: int, lengths: Sequence[int] | None = None
+    ) -> None:
         """New rows behind the others, so many copies of each entry; `seen` columns are in use afterwards."""
         for index, layer in enumerate(self.layers):
             layer.insert([entry[index] for entry in entries], copies, seen)

@@ -259,7 +259,12 @@ class _Loop:
         logits = []
         for held in self._computed({group: rows[0].prompt for group, rows in groups.items()}):
             members = [groups[group] for group in held]
-            self.cache.insert([prompt.entry for prompt in held.values()], [len(rows) for rows in members], seen)
+            self.cache.insert(
+                [prompt.entry for prompt in held.values()],
+                [len(rows) for rows in members],
+                seen,
+                [len(rows[0].prompt) for rows in members],
+            )
             logits += [prompt.logits.expand(len(groups[group]), -1) for group, prompt in held.items()]
             self._enter([row for rows in members for row in rows], seen, logits[-1].size(-1))
             self._note_bytes()
@@ -353,6 +358,7 @@ class _Loop:
         chunk = min(width, self.settings.prefill_chunk)
         cache = self.new_cache(self.model.config, len(prompts), block=width - chunk + 1)
         ids = self._tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts.values()])
+        cache.begin([width - length for length in lengths])
         pad = self._tensor([width - length for length in lengths])
         mask = None if min(lengths) == width else _padding_mask(pad, width)
         positions = (torch.arange(width, device=self.device) - pad[:, None]).clamp(min=0)

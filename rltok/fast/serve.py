@@ -34,7 +34,7 @@ def servable_model(model: Any) -> Any:
         raise ValueError(f"{kind!r} keeps a recurrent state: {INSTEAD}")
     if getattr(config, "num_kv_shared_layers", 0):
         raise ValueError(f"{kind!r} shares keys and values between layers: {INSTEAD}")
-    moving = sorted(_rope_types(config) & MOVING_ROPE)
+    moving = sorted(rope_types(config) & MOVING_ROPE)
     if moving:
         raise ValueError(
             f"{kind!r} has {moving} rotary positions, which change with the longest row beside it: {INSTEAD}"
@@ -55,7 +55,7 @@ def forward_arguments(model: Any) -> set[str]:
     return set(own) | set(of_class)
 
 
-def _rope_types(config: Any) -> set[str]:
+def rope_types(config: Any) -> set[str]:
     """Rotary types of a config, which has one for all layers or one for each type of layer."""
     parameters = getattr(config, "rope_parameters", None) or {}
     several = [parameters, *(value for value in parameters.values() if isinstance(value, dict))]

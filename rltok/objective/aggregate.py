@@ -1,7 +1,7 @@
 """From a (B, T) token loss to the number that is differentiated.
 
 grpo, sapo           mean over tokens of a completion, then over completions
-bnpo                 mean over the tokens of the micro-batch
+bnpo                 mean over the tokens of the micro-batch, or of the window where micro-batches are unequal
 dr_grpo              sum / (B * token budget)
 dapo, cispo, vespo   sum / tokens of one accumulation window, averaged over the generation batch
 luspo                sum over tokens, mean over completions
@@ -33,6 +33,9 @@ class Divisors:
     micro-batch times `accumulation`"""
     row_tokens: Tensor | None = None
     """(B,) tokens of each completion (`grpo`, `sapo`); None: the masked-in ones"""
+    micro_tokens: Tensor | float | None = None
+    """tokens of an average micro-batch (`bnpo`), which makes its mean that of the whole window; None: those of this
+    micro-batch"""
 
 
 def aggregate(token_loss: Tensor, mask: Tensor, loss_type: str, divisors: Divisors) -> Tensor:
@@ -52,7 +55,8 @@ def aggregate(token_loss: Tensor, mask: Tensor, loss_type: str, divisors: Diviso
     if loss_type in TOKEN_NORMALISED:
         return (token_loss * mask).sum() / divisors.tokens
     if loss_type == "bnpo":
-        return (token_loss * mask).sum() / mask.sum().clamp(min=1.0) / divisors.accumulation
+        count = mask.sum().clamp(min=1.0) if divisors.micro_tokens is None else divisors.micro_tokens
+        return (token_loss * mask).sum() / count / divisors.accumulation
     rows = (token_loss * mask).sum(-1)
     if loss_type in ("grpo", "sapo"):
         counts = mask.sum(-1) if divisors.row_tokens is None else divisors.row_tokens

@@ -1,6 +1,7 @@
 """Where and how a run was made: versions, machine, commit, command line. Kept in `environment.json` of the run.
 
 A continued run keeps the facts of its first start; those of every continuation follow in the list `continued`.
+Secrets on the command line are replaced by `***` (`rltok.secrets`); environment variables are not recorded.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from rltok.files import write_json
+from rltok.secrets import redacted
 
 FILE = "environment.json"
 """In a run directory."""
@@ -38,10 +40,11 @@ def environment(argv: Sequence[str], seed: int, processes: int, folder: str | Pa
         `started` (UTC, ISO 8601), `command`, `argv`, `seed`, `processes`, `python`, `platform`, `devices`, `versions`,
         and `git`: commit, branch and whether files differ from it; None outside a repository or without git.
     """
+    shown = redacted(list(argv))
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(argv),
-        "argv": list(argv),
+        "command": shlex.join(shown),
+        "argv": shown,
         "seed": seed,
         "processes": processes,
         "python": platform.python_version(),

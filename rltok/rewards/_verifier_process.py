@@ -2,7 +2,9 @@
 
 Run by its path (never imported by rltok), so that neither rltok nor a file in the caller's directory is imported.
 Verifiers evaluate text that a model wrote (`eval` and sympy's parser among them). Here that can take any time, crash
-or fill the memory without harm to the training process: a timer of the kernel ends this process, whatever it does.
+or fill the memory without harm to the training process: a timer of the kernel ends this process, whatever it does. From
+the first answer on, an audit hook refuses to write files, start processes, open connections and load libraries. That
+stops what a model stumbles upon; it is no sandbox against a text made to break out of it.
 
 Replies: `{"score": x}`; `{"error": text}` where the verifier raised on the answer; `{"fault": text}` where the job
 itself is wrong (unknown task, broken entry), which is never the answer's fault.
@@ -31,6 +33,12 @@ Reply = dict[str, Any]
 Judge = Callable[[], float]
 
 
+READING = frozenset({"os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.getxattr", "os.listxattr"})
+"""Events of the module os that change nothing."""
+REFUSED = ("os", "subprocess", "socket", "shutil", "ctypes", "tempfile", "pty", "fcntl", "mmap", "resource", "signal")
+"""Modules whose other events are refused while answers are judged."""
+
+
 class Fault(Exception):
     """A job that cannot be judged, whatever the answer."""
 
@@ -45,7 +53,11 @@ def serve() -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     limit_memory()
+    judges = False
     for line in requests:
+        if not judges and json.loads(line).get("kind") != "load":
+            refuse_side_effects()
+            judges = True
         replies.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
         replies.flush()
 
@@ -143,6 +155,24 @@ def limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT_BYTES, MEMORY_LIMIT_BYTES))
     except (ValueError, OSError) as error:
         print(f"no memory limit: {error}", file=sys.stderr)
+
+
+def refuse_side_effects() -> None:
+    """From now on, and for good: no file is written, no process started, no connection opened, no library loaded."""
+    import ctypes  # noqa: F401 - loads a library, which it may not do later
+
+    sys.dont_write_bytecode = True
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            flags = arguments[2]
+            if isinstance(flags, int) and flags & writing:
+                raise PermissionError(f"an answer may not write {arguments[0]!r}")
+        elif event.partition(".")[0] in REFUSED and event not in READING:
+            raise PermissionError(f"an answer may not do {event}")
+
+    sys.addaudithook(refuse)
 
 
 def describe(error: BaseException) -> str:

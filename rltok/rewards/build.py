@@ -48,7 +48,10 @@ class RewardSet:
 
 
 def build_rewards(
-    section: Mapping[str, Mapping[str, Any]], base_dir: Path | None = None, save_dir: Path | None = None
+    section: Mapping[str, Mapping[str, Any]],
+    base_dir: Path | None = None,
+    save_dir: Path | None = None,
+    timeout: float | None = None,
 ) -> RewardSet:
     """Reward functions of a recipe section `name -> {function, weight, **options}`.
 
@@ -57,6 +60,7 @@ def build_rewards(
             to 1; the rest are the function's options.
         base_dir: what a file is relative to; default the working directory.
         save_dir: where failures are saved; default `reward_errors/` in the working directory.
+        timeout: seconds that one call of a function may take, `faults.reward_timeout`; None: no limit.
 
     Raises:
         ConfigError: names the key path, the value and the allowed values, nearest first.
@@ -72,7 +76,7 @@ def build_rewards(
         if not isinstance(options, Mapping):
             raise ConfigError(f"{path}: {options!r} is not a mapping; write {{function: ..., weight: 1.0}}", path)
         function = _build_one(options, base_dir, path)
-        functions.append(guarded(function, str(name), save_dir))
+        functions.append(guarded(function, str(name), save_dir, timeout))
         weights.append(_weight(options.get("weight", 1.0), f"{path}.weight"))
     return RewardSet(functions, weights)
 

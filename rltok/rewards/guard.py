@@ -1,7 +1,9 @@
-"""A reward that fails stops the run with its name, and the completion it failed on saved to disk."""
+"""A reward that fails or hangs stops the run with its name, and the completions it failed on saved to disk."""
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import inspect
 import json
 import math
@@ -14,6 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rltok.rewards.time_limit import Overdue, time_limit
+from rltok.secrets import redacted
+
 RewardFunction = Callable[..., Any]
 
 DEFAULT_DIR = "reward_errors"
@@ -25,7 +30,7 @@ PER_BATCH = frozenset({"trainer_state", "log_extra", "log_metric"})
 
 
 class RewardError(RuntimeError):
-    """A reward function raised, or returned something that is not one finite number (or None) per completion."""
+    """A reward function raised, took too long, or returned other than one finite number (or None) per completion."""
 
     def __init__(self, message: str, row: int | None = None, file: Path | None = None) -> None:
         super().__init__(message)
@@ -35,8 +40,13 @@ class RewardError(RuntimeError):
         """the saved failure, None where it could not be saved"""
 
 
-def guarded(function: RewardFunction, name: str, save_dir: str | Path | None = None) -> RewardFunction:
+def guarded(
+    function: RewardFunction, name: str, save_dir: str | Path | None = None, timeout: float | None = None
+) -> RewardFunction:
     """`function` under `name`, checked at every call; an async function stays one.
+
+    After `timeout` seconds (None: no limit) a call is interrupted; one that cannot be is ended with its process, see
+    `rltok.rewards.time_limit`. An async function is interrupted where it awaits.
 
     Returns:
         A callable with `__name__ == name` that returns one float, or None for "not applicable", per completion.
@@ -45,12 +55,22 @@ def guarded(function: RewardFunction, name: str, save_dir: str | Path | None = N
     Raises (when called):
         RewardError: with the name, the row and the file in `save_dir` (default `reward_errors/`) that holds the
             prompt, the completion and the traceback.
+        ValueError (at once): a timeout that is not positive.
     """
+    if timeout is not None and not timeout > 0:
+        raise ValueError(f"timeout={timeout} must be > 0 seconds, or None for no limit (faults.reward_timeout)")
     is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
         getattr(function, "__call__", None)  # noqa: B004 - an async callable object hides its `async` there
     )
     kind = _AsyncGuard if is_async else _Guard
-    return kind(function, name, Path(DEFAULT_DIR if save_dir is None else save_dir))
+    return kind(function, name, Path(DEFAULT_DIR if save_dir is None else save_dir), timeout)
+
+
+def limited(function: RewardFunction, name: str, save_dir: str | Path, timeout: float) -> RewardFunction:
+    """`function` with a time limit: guarded if it is not yet; a limit that it has already stays."""
+    if not isinstance(function, _Base):
+        return guarded(function, name, save_dir, timeout)
+    return function if function.timeout is not None else dataclasses.replace(function, timeout=timeout)
 
 
 @dataclass(frozen=True)
@@ -58,6 +78,7 @@ class _Base:
     function: RewardFunction
     name: str
     save_dir: Path
+    timeout: float | None = None
 
     @property
     def __name__(self) -> str:
@@ -91,16 +112,42 @@ class _Base:
         """Stop because the function raised."""
         self.fail(f"raised {type(error).__name__}: {error}", row, prompts, completions, error=error)
 
+    def overdue(self, error: BaseException, prompts: Sequence[Any], completions: Sequence[Any]) -> NoReturn:
+        """Stop because the time was up; the traceback shows where."""
+        self.fail(f"took longer than faults.reward_timeout={self.timeout:g} s", None, prompts, completions, error)
+
+    def last_words(self, stack: str, prompts: Sequence[Any], completions: Sequence[Any]) -> str:
+        """What is said when the process has to be ended."""
+        message = f"did not return within faults.reward_timeout={self.timeout:g} s and could not be interrupted"
+        record = self.record(message, None, prompts, completions) | {"traceback": stack}
+        text = f"reward function {self.name!r} {message}; rank {os.environ.get('RANK', '0')} ends here"
+        return f"{text}; the prompts and completions {self.saved(record, None)[1]}. It hangs in\n{stack}"
+
     def fail(
         self,
         message: str,
         row: int | None,
         prompts: Sequence[Any],
         completions: Sequence[Any],
-        error: Exception | None = None,
+        error: BaseException | None = None,
         value: Any = None,
     ) -> NoReturn:
         """Save what is known and raise `RewardError`."""
+        where = f"row {row} of {len(completions)}" if row is not None else "the batch as a whole"
+        file, saved = self.saved(self.record(message, row, prompts, completions, error, value), row)
+        text = f"reward function {self.name!r} {message} ({where}); the prompt and completion {saved}"
+        raise RewardError(redacted(text), row, file) from error
+
+    def record(
+        self,
+        message: str,
+        row: int | None,
+        prompts: Sequence[Any],
+        completions: Sequence[Any],
+        error: BaseException | None = None,
+        value: Any = None,
+    ) -> dict[str, Any]:
+        """What is known about a failure."""
         record = {
             "function": self.name,
             "message": message,
@@ -112,14 +159,15 @@ class _Base:
         }
         if row is None:  # no single row is to blame: keep them all
             record |= {"prompts": list(prompts), "completions": list(completions)}
-        where = f"row {row} of {len(completions)}" if row is not None else "the batch as a whole"
+        return record
+
+    def saved(self, record: Mapping[str, Any], row: int | None) -> tuple[Path | None, str]:
+        """The file, None where it could not be written, and which of the two in words."""
         try:
-            file: Path | None = _save(record, self.save_dir, self.name, row)
-            saved = f"saved to {file}"
+            file = _save(record, self.save_dir, self.name, row)
         except OSError as problem:
-            file, saved = None, f"could not be saved to {self.save_dir}: {problem}"
-        text = f"reward function {self.name!r} {message} ({where}); the prompt and completion {saved}"
-        raise RewardError(text, row, file) from error
+            return None, f"could not be saved to {self.save_dir}: {problem}"
+        return file, f"saved to {file}"
 
 
 @dataclass(frozen=True)
@@ -132,10 +180,22 @@ class _Guard(_Base):
         **columns: Any,
     ) -> list[float | None]:
         arguments = _arguments(prompts, completions, completion_ids, columns)
+
+        def last_words(stack: str) -> str:
+            return self.last_words(stack, prompts, completions)
+
         try:
-            result = self.function(**arguments)
+            with time_limit(self.timeout, last_words):
+                result = self.function(**arguments)
+        except Overdue as error:
+            self.overdue(error, prompts, completions)
         except Exception as error:  # user code may raise anything; raised again as RewardError
-            self.raised(error, self.blame(arguments), prompts, completions)
+            try:
+                with time_limit(self.timeout, last_words):
+                    row = self.blame(arguments)
+            except Overdue:
+                row = None
+            self.raised(error, row, prompts, completions)
         return self.check(result, prompts, completions)
 
     def blame(self, arguments: Mapping[str, Any]) -> int | None:
@@ -161,21 +221,33 @@ class _AsyncGuard(_Base):
         **columns: Any,
     ) -> list[float | None]:
         arguments = _arguments(prompts, completions, completion_ids, columns)
+        limit = asyncio.timeout(self.timeout)
+
+        def last_words(stack: str) -> str:
+            return self.last_words(stack, prompts, completions)
+
         try:
-            result = await self.function(**arguments)
+            with time_limit(self.timeout, last_words, interrupt=False):
+                async with limit:
+                    result = await self.function(**arguments)
         except Exception as error:  # user code may raise anything; raised again as RewardError
-            self.raised(error, await self.blame(arguments), prompts, completions)
+            if limit.expired():  # a TimeoutError of the function's own is none of ours
+                self.overdue(error, prompts, completions)
+            longest = None if self.timeout is None else 2 * self.timeout + 1.0
+            with time_limit(longest, last_words, interrupt=False):
+                row = await self.blame(arguments)
+            self.raised(error, row, prompts, completions)
         return self.check(result, prompts, completions)
 
     async def blame(self, arguments: Mapping[str, Any]) -> int | None:
-        """As `_Guard.blame`."""
-        deadline = time.monotonic() + REPLAY_SECONDS
+        """As `_Guard.blame`; a row that takes longer than a whole batch may is to blame as well."""
+        deadline = time.monotonic() + min(REPLAY_SECONDS, self.timeout or REPLAY_SECONDS)
         for row in range(len(arguments["completions"])):
             if time.monotonic() > deadline:
                 return None
             try:
                 pending: Awaitable[Any] = self.function(**_one_row(arguments, row))
-                await pending
+                await asyncio.wait_for(pending, self.timeout)
             except Exception:  # any exception marks the row
                 return row
         return None
@@ -214,5 +286,5 @@ def _save(record: Mapping[str, Any], folder: Path, name: str, row: int | None) -
     safe = re.sub(r"[^\w.-]+", "_", name)
     place = "batch" if row is None else f"row{row}"
     file = folder / f"{safe}-{place}-{os.getpid()}-{time.time_ns()}.json"
-    file.write_text(json.dumps(record, indent=2, ensure_ascii=False, default=repr) + "\n", encoding="utf-8")
+    file.write_text(json.dumps(redacted(record), indent=2, ensure_ascii=False, default=repr) + "\n", encoding="utf-8")
     return file.resolve()

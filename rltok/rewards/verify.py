@@ -25,6 +25,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
 
+from rltok.secrets import without_secrets
+
 Status = Literal["ok", "timeout", "error"]
 
 VERIFIED = 0.99
@@ -235,7 +237,7 @@ class VerifierProcess:
             stdout=subprocess.PIPE,
             stderr=self._stderr,
             bufsize=0,
-            env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": ""},
+            env={**without_secrets(os.environ), **threads, "CUDA_VISIBLE_DEVICES": ""},
             start_new_session=True,  # an interrupt from the keyboard is the training process's to handle
         )
 

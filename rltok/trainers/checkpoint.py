@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -48,35 +49,57 @@ def write_manifest(folder: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.replace(folder / MANIFEST)
+    for place in (folder, folder.parent):
+        _sync_folder(place)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names survive a power failure only once their folder is on the disk too; not every file system can."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, or None if it is whole."""
     try:
         files = json.loads((folder / MANIFEST).read_text())
+        listed = [(str(name), int(seen["bytes"]), str(seen["blake2b"])) for name, seen in files.items()]
     except FileNotFoundError:
         return f"{MANIFEST} is missing: the checkpoint was not finished"
     except (OSError, ValueError) as error:
         return f"{MANIFEST} cannot be read: {error}"
-    for name, expected in files.items():
+    except (AttributeError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read: it is no list of files with bytes and blake2b"
+    if not listed:
+        return f"{MANIFEST} cannot be read: it lists no file"
+    for name, size, blake2b in listed:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes, expected {expected['bytes']}"
-        if digest(path) != expected["blake2b"]:
-            return f"{name} does not match its digest"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size:
+                return f"{name} has {path.stat().st_size} bytes, expected {size}"
+            if digest(path) != blake2b:
+                return f"{name} does not match its digest"
+        except OSError as error:
+            return f"{name} cannot be read: {error}"
     return None
+
+
+def checkpoint_steps(run_dir: str | os.PathLike[str]) -> list[int]:
+    """Steps of all `checkpoint-N` folders below `run_dir`, whole or not, ascending."""
+    folders = [path.name for path in Path(run_dir).glob("checkpoint-*") if path.is_dir()]
+    return sorted(int(match[1]) for name in folders if (match := re.fullmatch(r"checkpoint-(0|[1-9]\d*)", name)))
 
 
 def latest_checkpoint(run_dir: str | os.PathLike[str]) -> Path | None:
     """The newest whole `checkpoint-N` below `run_dir`, None if there is none; every skipped one is reported."""
-    numbered = []
-    for path in Path(run_dir).glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            numbered.append((int(match[1]), path))
-    for _, path in sorted(numbered, reverse=True):
+    for step in reversed(checkpoint_steps(run_dir)):
+        path = Path(run_dir) / f"checkpoint-{step}"
         problem = damage(path)
         if problem is None:
             return path

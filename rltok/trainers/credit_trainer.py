@@ -7,8 +7,11 @@ The trainer knows TRL, ranks and logging; the methods behind the doors know none
     _calculate_rewards                  keeps the rewards of all ranks by function                           here
     _generate_and_score_completions     dynamic sampling, correction, signals, door 1, selection             here
     _prepare_inputs, training_step      micro-batches of the selected rows, in place of TRL's cut   selected_updates.py
+    _prepare_inputs, training_step      micro-batches of equal cost, in place of TRL's cut             micro_batches.py
+    _get_per_token_logps_and_entropies  rows packed without padding                                           packed.py
     _compute_loss                       door 2, composed from `rltok.objective`                                 loss.py
     _save_checkpoint, _load_optimizer_and_scheduler, the sampler        exact resume                          resume.py
+    compute_loss, _clip_grad_norm, _get_grad_norm, train                faults: NaN, lost processes          guarded.py
 
 and with `rollout.engine: transformers` and no other door set, every parameter stays bit-identical to GRPOTrainer's.
 """
@@ -51,9 +54,13 @@ from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, TRACE, RolloutSt
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
 from rltok.trainers.engine_choice import engine_of
+from rltok.trainers.engine_support import check_engine_support
 from rltok.trainers.engines import built_with, check_built, controlled, steered_rollout
 from rltok.trainers.fast_engine import FastEngine
+from rltok.trainers.guarded import GuardedTraining
 from rltok.trainers.loss import ComposedLoss, loss_settings
+from rltok.trainers.micro_batches import BalancedUpdates
+from rltok.trainers.packed import PackedScoring
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
 from rltok.trainers.recording import SampleRecorder
@@ -64,7 +71,7 @@ from rltok.trainers.selection import Selected
 logger = logging.getLogger(__name__)
 
 
-class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
+class CreditTrainer(GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss):
     """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
 
     Args:
@@ -112,6 +119,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
             super().__init__(model, reward_funcs, args, *positional, **kwargs)
         if args is None:
             check_doors(self.doors, self.args, self.reward_func_names, self.rollout_func is not None)
+        check_engine_support(self)
         self.loss_settings = loss_settings(self.args)
         self._reducer = AccelerateReducer(self.accelerator)
         self._gather = RaggedGather(self.accelerator)
@@ -145,6 +153,7 @@ class CreditTrainer(ExactResume, SelectedUpdates, ComposedLoss):
         self._rewards_per_func: Tensor | None = None
         self._trained_tokens = self._generated_tokens = 0
         self._selector = self._build_selector()
+        self._set_up_batching()
         self._selected: Selected | None = None
         self._rollout = RolloutState()
         self._table = CreditTable(self._logs, self._tokenizer.decode)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +15,39 @@ from rltok.objective import Divisors, LossBatch, LossSettings, aggregate, plan_l
 from rltok.objective.aggregate import CLIPPED, TOKEN_NORMALISED
 from rltok.trainers.door_trainer import DoorTrainer, loss_mask, stats_from
 
+# Of a pass over a part of a micro-batch or an unequal one, 0-d: rows and loss tokens of an average micro-batch of its
+# window, and the pass's share of an average micro-batch's tokens, prompts included.
+PASS_ROWS, PASS_TOKENS, PASS_SHARE = "pass/slice_rows", "pass/slice_tokens", "pass/share"
+
+
+@dataclass
+class WindowSums:
+    """What the passes of one optimizer step add up to on this rank; it is reduced over ranks once, at the end."""
+
+    pairs: dict[str, Tensor] = field(default_factory=dict)
+    """name -> (2,) sum and count, in the order of the first pass"""
+    extremes: Tensor | None = None
+    """(2,) smallest share of low-clipped tokens of a completion, negated; largest share of high-clipped ones"""
+    entropies: list[Tensor] = field(default_factory=list)
+    """1-d entropies of the trained tokens, nats"""
+    totals: dict[str, Tensor] = field(default_factory=dict)
+    """name -> 0-d sum over passes, averaged over ranks"""
+
+    def add_means(self, pairs: Mapping[str, Tensor], extremes: Tensor | None) -> None:
+        for name, pair in pairs.items():
+            self.pairs[name] = self.pairs[name] + pair if name in self.pairs else pair
+        if extremes is not None:
+            self.extremes = extremes if self.extremes is None else torch.maximum(self.extremes, extremes)
+
+    def add(self, name: str, value: Tensor) -> None:
+        self.totals[name] = self.totals[name] + value if name in self.totals else value
+
 
 class ComposedLoss(DoorTrainer):
     """`_compute_loss` and what belongs to it; equal to TRL's when no door is set."""
+
+    _window: WindowSums | None = None
+    """sums of the optimizer step at hand, None where every micro-batch is reported by itself"""
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         mode = "train" if self.model.training else "eval"
@@ -63,11 +94,16 @@ class ComposedLoss(DoorTrainer):
             losses = losses + self.beta * kl
             values["kl"] = kl.detach()
         loss = aggregate(losses, trained, self.loss_type, self._divisors(inputs, mode))
-        loss = self._add_entropy_bonus(loss, entropy, mask if selected is None else mask * selected, mode)
+        slice_tokens = inputs.get(PASS_TOKENS)
+        loss = self._add_entropy_bonus(loss, entropy, mask if selected is None else mask * selected, mode, slice_tokens)
         if self.aux_loss_enabled:
             steps = inputs["used_slots"] if "used_slots" in inputs else self._accumulation(mode)
-            loss = loss + self.router_aux_loss_coef * aux_loss / steps
-            self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+            share = inputs.get(PASS_SHARE, 1.0)
+            loss = loss + self.router_aux_loss_coef * aux_loss * share / steps
+            if self._window is None:
+                self._metrics[mode]["aux_loss"].append(self.accelerator.gather_for_metrics(aux_loss).mean().item())
+            else:
+                self._window.add("aux_loss", aux_loss.detach() * share / steps)
         values |= plan.metrics
         values["entropy"] = entropy.detach()
         values["ratio"] = torch.exp(plan.log_weight.detach())
@@ -101,18 +137,31 @@ class ComposedLoss(DoorTrainer):
         tokens = inputs["num_items_in_batch"].clamp(min=1.0) / self.accelerator.num_processes
         if mode == "train":
             tokens = tokens * self.current_gradient_accumulation_steps / self.args.steps_per_generation
-        return Divisors(self._accumulation(mode), tokens, self.max_completion_length)
+        accumulation = self._accumulation(mode)
+        if PASS_ROWS not in inputs:
+            return Divisors(accumulation, tokens, self.max_completion_length)
+        rows, micro_tokens = inputs[PASS_ROWS] * accumulation, inputs[PASS_TOKENS]
+        return Divisors(accumulation, tokens, self.max_completion_length, rows, micro_tokens=micro_tokens)
 
-    def _add_entropy_bonus(self, loss: Tensor, entropy: Tensor, mask: Tensor, mode: str) -> Tensor:
-        """loss - coef * mean entropy, with TRL's fixed or adaptive coefficient; off by default."""
+    def _add_entropy_bonus(
+        self, loss: Tensor, entropy: Tensor, mask: Tensor, mode: str, slice_tokens: Tensor | None = None
+    ) -> Tensor:
+        """loss - coef * mean entropy, with TRL's fixed or adaptive coefficient; off by default.
+
+        `slice_tokens`: tokens of an average micro-batch, where micro-batches are unequal; None: those of this one.
+        """
         if not self._entropy_bonus_enabled:
             return loss
         scale = 1.0 if self.loss_type in TOKEN_NORMALISED else self._accumulation(mode)
-        self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss.detach() * scale).nanmean().item())
+        if self._window is None:
+            self._metrics[mode]["policy_loss"].append(self.accelerator.gather(loss.detach() * scale).nanmean().item())
+        else:
+            self._window.add("policy_loss", loss.detach() * scale / self._accumulation(mode))
         adaptive = self.use_adaptive_entropy
         active = not adaptive or self._last_world_entropy <= self.args.entropy_target
         total, count = (entropy * mask).sum(), mask.sum()
-        loss = loss - (self.entropy_coef if active else 0.0) * total / count.clamp(min=1.0) / self._accumulation(mode)
+        tokens = count.clamp(min=1.0) if slice_tokens is None else slice_tokens
+        loss = loss - (self.entropy_coef if active else 0.0) * total / tokens / self._accumulation(mode)
         if mode == "train" and adaptive:
             window = torch.stack([total.detach(), count.to(total.dtype)])
             window = window if self._entropy_window_stats is None else self._entropy_window_stats + window
@@ -138,29 +187,55 @@ class ComposedLoss(DoorTrainer):
         rows = counted.sum() if mode == "train" and self._selector is not None else torch.tensor(mask.size(0))
         rows = rows.to(mask.device).float()
         tokens = mask.sum().float()
-        pairs = [torch.stack([tokens, tokens])]
-        for value in values.values():
+        pairs = {"": torch.stack([tokens, tokens])}
+        for name, value in values.items():
             per_row = value.size(1) == 1 and mask.size(1) != 1
-            pairs.append(torch.stack([value.sum(), rows] if per_row else [(value * mask).sum(), tokens]))
-        totals = self._reducer.sum(torch.cat(pairs)).view(-1, 2)
+            pairs[name] = torch.stack([value.sum(), rows] if per_row else [(value * mask).sum(), tokens])
+        extremes = None
+        if self.loss_type in CLIPPED:
+            low, high = (_row_means(values[f"clip_ratio/{side}_mean"], mask) for side in ("low", "high"))
+            extremes = torch.stack([-low.masked_fill(~counted, torch.inf).amin(), high.amax()])
+        if self._window is None:
+            self._report_means(pairs, extremes, mode)
+        else:
+            self._window.add_means(pairs, extremes)
+
+    def _report_means(self, pairs: Mapping[str, Tensor], extremes: Tensor | None, mode: str) -> None:
+        """Sums and counts of this rank -> means over all ranks in the log; the first pair counts tokens."""
+        totals = self._reducer.sum(torch.cat(list(pairs.values()))).view(-1, 2)
         if mode == "train":
             self._trained_tokens += int(totals[0, 0].item())
         means = (totals[1:, 0] / totals[1:, 1].clamp(min=1.0)).tolist()
-        for name, mean in zip(values, means, strict=True):
+        for name, mean in zip(list(pairs)[1:], means, strict=True):
             self._metrics[mode][name].append(mean)
-        if self.loss_type in CLIPPED:
-            low, high = (_row_means(values[f"clip_ratio/{side}_mean"], mask) for side in ("low", "high"))
-            least = low.masked_fill(~counted, torch.inf).amin()
-            low_min, high_max = self._reducer.max(torch.stack([-least, high.amax()])).tolist()
+        if extremes is not None:
+            low_min, high_max = self._reducer.max(extremes).tolist()
             self._metrics[mode]["clip_ratio/low_min"].append(-low_min if math.isfinite(low_min) else 0.0)
             self._metrics[mode]["clip_ratio/high_max"].append(high_max)
 
     def _log_entropy_quantile(self, entropy: Tensor, mask: Tensor, mode: str) -> None:
         """The entropy above which a fifth of the tokens of all ranks lies."""
-        values = self._gather(entropy[mask.bool()])
+        if self._window is None:
+            self._report_quantile(entropy[mask.bool()], mode)
+        else:
+            self._window.entropies.append(entropy[mask.bool()])
+
+    def _report_quantile(self, entropies: Tensor, mode: str) -> None:
+        values = self._gather(entropies)
         if values.numel():
             top = values.kthvalue(max(1, math.ceil(0.8 * values.numel()))).values
             self._metrics[mode]["entropy/top20_quantile"].append(top.item())
+
+    def _report_window(self, window: WindowSums) -> None:
+        """Log what the passes of one optimizer step added up to, over all ranks."""
+        if window.pairs:
+            self._report_means(window.pairs, window.extremes, "train")
+        if window.entropies:
+            self._report_quantile(torch.cat(window.entropies), "train")
+        if window.totals:
+            means = self.accelerator.gather(torch.stack(list(window.totals.values()))[None]).nanmean(0).tolist()
+            for name, mean in zip(window.totals, means, strict=True):
+                self._metrics["train"][name].append(mean)
 
 
 def _row_means(values: Tensor, mask: Tensor) -> Tensor:

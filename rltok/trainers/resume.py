@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import shutil
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, rotate_checkpoints
 
+from rltok.config import ConfigError
 from rltok.entropy import EntropyStats
-from rltok.trainers.checkpoint import write_manifest
+from rltok.files import StorageError, free_space, write_failure
+from rltok.pickles import load_tensors
+from rltok.trainers.checkpoint import checkpoint_steps, write_manifest
 from rltok.trainers.door_trainer import DoorTrainer, RolloutState
 from rltok.trainers.prompts import EpochRepeatSampler
 
@@ -32,26 +38,77 @@ class ExactResume(DoorTrainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         run_dir = Path(self._get_output_dir(trial=trial))
         folder = run_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        if self.args.should_save and folder.exists():
-            shutil.rmtree(folder)  # left over from a run that was killed after this step
-        self.accelerator.wait_for_everyone()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
-            super()._save_checkpoint(model, trial)
+            with self._all_write(folder):
+                if self.args.should_save and folder.exists():
+                    shutil.rmtree(folder)  # left over from a run that was killed after this step
+            with self._all_write(folder):
+                super()._save_checkpoint(model, trial)
+                if not self.args.save_only_model:
+                    torch.save(self._resume_state(), folder / _state_file(self.accelerator.process_index))
+            with self._all_write(folder):
+                if self.args.should_save:
+                    write_manifest(folder)
         finally:
             self.args.save_total_limit = limit
-        if not self.args.save_only_model:
-            torch.save(self._resume_state(), folder / _state_file(self.accelerator.process_index))
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            write_manifest(folder)
             rotate_checkpoints(str(run_dir), limit, self.state.best_model_checkpoint, use_mtime=True)
         self.accelerator.wait_for_everyone()
 
-    def _shape_of_run(self) -> dict[str, int]:
+    @contextmanager
+    def _all_write(self, folder: Path) -> Iterator[None]:
+        """All processes leave the block together: with what they wrote, or with the same error if one could not.
+
+        Sharded models write in collectives, in which the others would wait for the one that failed; there it raises at
+        once, and the launcher ends the others.
+
+        Raises:
+            StorageError: the disk refused a file. The half-written checkpoint is removed.
+        """
+        problem: str | None = None
+        cause: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # torch and safetensors wrap the system's error in their own
+            problem, cause = write_failure(error), error
+            if problem is None:
+                raise
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise self._unwritten(folder, problem) from error
+        found = [problem]
+        if self.accelerator.num_processes > 1:
+            found = gather_object(found)
+        problem = next((text for text in found if text is not None), None)
+        if problem is not None:
+            unwritten = self._unwritten(folder, problem)
+            self.accelerator.wait_for_everyone()
+            raise unwritten from cause
+
+    def _unwritten(self, folder: Path, problem: str) -> StorageError:
+        free = free_space(folder)
+        if self.args.should_save:
+            shutil.rmtree(folder, ignore_errors=True)  # never loaded, and in the way of what needs the space
+        before = [step for step in checkpoint_steps(folder.parent) if step < self.state.global_step]
+        last = f"{PREFIX_CHECKPOINT_DIR}-{before[-1]} is untouched" if before else "there is no checkpoint before it"
+        return StorageError(
+            f"{folder} could not be written: {problem}; {free}. The run stops, the half-written checkpoint is removed, "
+            f"{last}. Make room (training.save_total_limit=N keeps fewer checkpoints), then continue with resume=auto; "
+            "or give another disk with output_dir=DIR",
+            "output_dir",
+        )
+
+    def _strategy(self) -> str:
+        """How weights and optimizer state are spread over processes."""
+        if self.is_deepspeed_enabled:
+            return f"zero{self.accelerator.state.deepspeed_plugin.zero_stage}"
+        return "fsdp" if self.is_fsdp_enabled else "whole"
+
+    def _shape_of_run(self) -> dict[str, int | str]:
         args = self.args
         return {
             "processes": self.accelerator.num_processes,
+            "launch.strategy": self._strategy(),
             "training.per_device_train_batch_size": args.per_device_train_batch_size,
             "training.gradient_accumulation_steps": args.gradient_accumulation_steps,
             "training.steps_per_generation": args.steps_per_generation,
@@ -85,22 +142,26 @@ class ExactResume(DoorTrainer):
             return
         path = Path(checkpoint) / _state_file(self.accelerator.process_index)
         if not path.is_file():
-            raise FileNotFoundError(
-                f"{path.name} is missing in {checkpoint}: it was not written by CreditTrainer with the same number of "
-                "processes, so the run cannot continue exactly. Start a new run from its weights (model.path)."
+            raise ConfigError(
+                f"resume: {path.name} is missing in {checkpoint}: it was not written by CreditTrainer with the same "
+                "number of processes, so the run cannot continue exactly. Train on from its weights: model.path.",
+                "resume",
             )
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        state = load_tensors(path, map_location=self.accelerator.device)
         saved, now = state["shape"], self._shape_of_run()
         for name, value in saved.items():
             if now[name] != value:
-                raise ValueError(f"{name}={now[name]} but the checkpoint {checkpoint} was written with {value}")
+                raise ConfigError(
+                    f"{name}={now[name]} but the checkpoint {checkpoint} was written with {value}; set it back", name
+                )
         self._step, self._buffered_inputs = state["step"], state["buffer"]
         self._metrics["train"] = defaultdict(list, state["metrics"])
         stats = state["sampler_stats"]
         self._sampler_stats = None if stats is None else EntropyStats(*stats)
-        if self._refill is not None:
+        # a part that the checkpoint knows nothing of (another recipe, by resume=CHECKPOINT) begins at its beginning
+        if self._refill is not None and state["refill"] is not None:
             self._refill.state = state["refill"]
-        if self._skipping is not None:
+        if self._skipping is not None and state["skipping"] is not None:
             self._skipping.load(state["skipping"])
         self._table.load(state["table"])
         self._entropy_window_stats = state["last_entropy_window"]
@@ -108,7 +169,7 @@ class ExactResume(DoorTrainer):
         self._rollout = RolloutState(**state["rollout"])
         if self._recorder is not None and state["samples"] is not None:
             self._recorder.load(state["samples"])
-        if self._fast is not None:
+        if self._fast is not None and state["rollouts"] is not None:
             self._fast.rollouts = state["rollouts"]
 
 

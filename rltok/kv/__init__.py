@@ -1,0 +1,32 @@
+"""Cache policies: fewer keys and values per token, exact in batches of ragged rows."""
+
+from rltok.kv.attach import Attached, attach
+from rltok.kv.attention import watched_attention
+from rltok.kv.cache import PolicyCache
+from rltok.kv.compress_kv import CompressKV, allocate_layers, semantic_head_scores
+from rltok.kv.config import POLICIES, build_policy
+from rltok.kv.h2o import H2O, heavy_hitters
+from rltok.kv.policy import KVPolicy, LayerView
+from rltok.kv.r_kv import RKV, redundancy
+from rltok.kv.snap_kv import SnapKV
+from rltok.kv.streaming_llm import StreamingLLM
+
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "RKV",
+    "Attached",
+    "CompressKV",
+    "KVPolicy",
+    "LayerView",
+    "PolicyCache",
+    "SnapKV",
+    "StreamingLLM",
+    "allocate_layers",
+    "attach",
+    "build_policy",
+    "heavy_hitters",
+    "redundancy",
+    "semantic_head_scores",
+    "watched_attention",
+]

@@ -1,0 +1,124 @@
+"""CompressKV: a few heads that retrieve meaning choose the tokens for their whole layer; budgets differ by layer.
+
+    score = mean over chosen heads of average-pool(sum over the window of softmax(q k))
+
+Heads and budgets come from a table that is made once per model: `semantic_head_scores` on texts with a needle,
+`allocate_layers` on the error that a small cache makes in each layer. The paper cuts the prompt alone; cutting while
+tokens are generated (`interval`) is an extension.
+
+Source: arXiv 2508.02401 v1 and its code; the rewrite 2606.24467 changes the wording of results only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from rltok.kv.attention import window_weights_by_head
+from rltok.kv.policy import KVPolicy, LayerView, best_slots, newest
+from rltok.kv.snap_kv import check_window, pooled_votes
+
+
+@dataclass(frozen=True)
+class CompressKV(KVPolicy):
+    """One kept set per layer, chosen by the layer's retrieval heads; with all heads and equal budgets it is SnapKV
+    averaged over heads."""
+
+    interval: int | None = field(default=None, kw_only=True)
+    """generated tokens of a row between two cuts; None, as in the paper: the prompt alone is cut"""
+    heads: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """layer -> query heads that choose; a layer that is missing uses all of its heads"""
+    budgets: Sequence[int] = ()
+    """tokens kept by every layer, window included, as `allocate_layers` gives them"""
+    queries: int = 8
+    """of the window; its tokens stay"""
+    kernel: int = 5
+    """width of the average pooling, odd"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.budgets:
+            raise ValueError("budgets=() is empty: give one number per layer, see allocate_layers")
+        check_window(min(self.budgets), self.queries, self.kernel, "min(budgets)")
+
+    @property
+    def window(self) -> int:  # type: ignore[override]
+        """Queries that vote."""
+        return self.queries
+
+    def budget(self, layer: int) -> int:
+        """budgets[layer]."""
+        if layer >= len(self.budgets):
+            raise ValueError(f"budgets has {len(self.budgets)} numbers, but the model has a layer {layer}")
+        return self.budgets[layer]
+
+    def select(self, view: LayerView) -> Tensor:
+        """The window's slots and the best others, the same in all key-value heads."""
+        weights = window_weights_by_head(view).flatten(1, 2)  # (B, H, w, S)
+        chosen = self.heads.get(view.index)
+        if chosen is not None:
+            weights = weights[:, torch.tensor(list(chosen), device=weights.device)]
+        window = newest(view, self.queries)
+        score = pooled_votes(weights, window, self.kernel).mean(1, keepdim=True)
+        return best_slots(score, window, view.filled, view.budget).expand(-1, view.keys.size(1), -1)
+
+
+def allocate_layers(errors: Sequence[float], total: int, low: int, high: int) -> list[int]:
+    """Tokens of every layer, by the error a small cache makes in it.
+
+        b_l = clip(low + round(e_l (total - low L)), low, high),    then one token at a time until they sum to total
+
+    Tokens are added to the layers of largest error first and taken from those of smallest error first, in turns.
+
+    Args:
+        errors: (L,) not negative; normalised to sum 1.
+        total: tokens of all layers.
+        low, high: bounds of a layer.
+
+    Raises:
+        ValueError: bounds that `total` does not fit between, negative errors or none above 0.
+
+    Example: errors 0.5, 0.3, 0.15, 0.05, total 256, low 32, high 192 give 97, 70, 51, 38.
+    """
+    layers = len(errors)
+    if not low * layers <= total <= high * layers:
+        raise ValueError(f"total={total} does not fit {layers} layers between low={low} and high={high} tokens each")
+    if min(errors, default=0) < 0 or sum(errors) <= 0:
+        raise ValueError(f"errors={list(errors)} must not be negative, and some must be above 0")
+    whole = sum(errors)
+    budgets = [min(max(low + round(e / whole * (total - low * layers)), low), high) for e in errors]
+    by_error = sorted(range(layers), key=lambda layer: (-errors[layer], layer))
+    while sum(budgets) != total:
+        missing = total - sum(budgets)
+        for layer in by_error if missing > 0 else reversed(by_error):
+            if sum(budgets) == total:
+                break
+            moved = budgets[layer] + (1 if missing > 0 else -1)
+            if low <= moved <= high:
+                budgets[layer] = moved
+    return budgets
+
+
+def semantic_head_scores(attention: Tensor, generated: Tensor, prompt: Tensor, needle: tuple[int, int]) -> Tensor:
+    """How much each head looks at the needle while it is being copied.
+
+        score_h = sum over steps t and needle positions i with prompt_i = generated_t of sum_{j in needle} a_thj
+
+    Args:
+        attention: (steps, H, P) weights over the prompt when each token was generated.
+        generated: (steps,) token ids.
+        prompt: (P,) token ids.
+        needle: first and one past the last position of the needle in the prompt.
+
+    Returns:
+        (H,) float.
+
+    Example: prompt 1, 7, 9, 7, 2, needle 1..3, tokens 7 and 9 with weights (.1, .2, .3, .1, .3), (0, .5, .1, .1, .3):
+    2 * 0.6 + 0.7 = 1.9.
+    """
+    first, last = needle
+    matches = (generated[:, None] == prompt[None, first:last]).sum(1).to(attention.dtype)
+    return (attention[:, :, first:last].sum(-1) * matches[:, None]).sum(0)
