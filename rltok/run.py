@@ -107,6 +107,7 @@ def training_arguments(recipe: Recipe, output_dir: str | Path, reward_weights: S
             objective=recipe.objective,
             rollout=recipe.rollout,
             report_to=list(recipe.report.to) or "none",
+            project=recipe.report.project,
             log_completions=recipe.report.completions,
             samples=asdict(recipe.report.samples),
             batching=asdict(recipe.batching),

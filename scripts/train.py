@@ -1,4 +1,4 @@
-"""`python scripts/train.py --config RECIPE [key.path=value ...]`: as `rltok train`; several processes: `rltok launch`."""
+"""`python scripts/train.py --config RECIPE [key.path=value ...]`: as `rltok train`."""
 
 import argparse
 

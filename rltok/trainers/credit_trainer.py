@@ -54,7 +54,7 @@ from rltok.trainers.door_trainer import LOSS_STATS, MULTIMODAL, TRACE, RolloutSt
 from rltok.trainers.doors import build_doors, check_doors
 from rltok.trainers.dynamic_sampling import concatenate, gather_batch, mixed_groups, select_groups
 from rltok.trainers.engine_choice import engine_of
-from rltok.trainers.engine_support import check_engine_support
+from rltok.trainers.engine_support import check_engine_support, training_engine
 from rltok.trainers.engines import built_with, check_built, controlled, steered_rollout
 from rltok.trainers.fast_engine import FastEngine
 from rltok.trainers.guarded import GuardedTraining
@@ -170,10 +170,10 @@ class CreditTrainer(GuardedTraining, ExactResume, BalancedUpdates, PackedScoring
         if config is None:
             return
         name = f"credit.type={type(self.doors.credit).__name__}"
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+        if training_engine(self) in ("zero3", "fsdp2"):
             raise ConfigError(
-                f"{name} reads attention in passes whose number differs between ranks; sharded models (FSDP, "
-                "DeepSpeed) would hang. Train unsharded, or use another credit.type."
+                f"{name} reads attention in passes whose number differs between ranks; sharded weights (FSDP, "
+                "ZeRO-3) would hang. Use launch.strategy ddp, zero1 or zero2, or another credit.type."
             )
         try:
             probeable_layers(self.model, config.layers)

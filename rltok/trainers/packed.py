@@ -26,7 +26,7 @@ from rltok.batching import (
     unpack,
 )
 from rltok.config import ConfigError
-from rltok.fast.serve import MOVING_ROPE, rope_types, evaluation_mode, forward_arguments
+from rltok.fast.serve import MOVING_ROPE, evaluation_mode, forward_arguments, rope_types
 from rltok.trainers.door_trainer import DoorTrainer
 
 FLASH = ("flash_attention_2", "flash_attention_3")

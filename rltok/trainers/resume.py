@@ -147,7 +147,7 @@ class ExactResume(DoorTrainer):
                 "number of processes, so the run cannot continue exactly. Train on from its weights: model.path.",
                 "resume",
             )
-        state = load_tensors(path, map_location=self.accelerator.device)
+        state = load_tensors(path, map_location=_loadable(self.accelerator.device))
         saved, now = state["shape"], self._shape_of_run()
         for name, value in saved.items():
             if now[name] != value:
@@ -171,6 +171,11 @@ class ExactResume(DoorTrainer):
             self._recorder.load(state["samples"])
         if self._fast is not None and state["rollouts"] is not None:
             self._fast.rollouts = state["rollouts"]
+
+
+def _loadable(device: torch.device) -> str:
+    """A device as `torch.load` knows it: the CPU of one of several processes has a number there, which it refuses."""
+    return "cpu" if device.type == "cpu" else str(device)
 
 
 def _state_file(rank: int) -> str:

@@ -35,8 +35,8 @@ class SelectedUpdates(DoorTrainer):
                 "so each kept row costs one more forward pass. selection.entropy_from='micro' does without."
             )
         model = self._causal_lm
-        head = model.get_output_embeddings().weight.numel()
-        tables = {id(p): p.numel() for p in (model.get_output_embeddings().weight, model.get_input_embeddings().weight)}
+        head = _size(model.get_output_embeddings().weight)
+        tables = {id(p): _size(p) for p in (model.get_output_embeddings().weight, model.get_input_embeddings().weight)}
         checkpointing = args.gradient_checkpointing
         shape = UpdateShape(
             windows=args.steps_per_generation // args.gradient_accumulation_steps,
@@ -44,7 +44,7 @@ class SelectedUpdates(DoorTrainer):
             rows_per_slot=args.per_device_train_batch_size,
             pad_id=self._tokenizer.pad_token_id,
             pad_multiple=args.pad_to_multiple_of or 1,
-            body_weights=max(1, sum(p.numel() for p in model.parameters()) - sum(tables.values())),
+            body_weights=max(1, sum(_size(p) for p in model.parameters()) - sum(tables.values())),
             head_weights=head,
             body_passes=4.0 if checkpointing else 3.0,
             head_everywhere=self.accelerator.device.type not in ("cuda", "xpu"),
@@ -185,3 +185,8 @@ class SelectedUpdates(DoorTrainer):
         with kept_positions(self._causal_lm, choose if chosen_here else keep, mask.size(1)) as kept:
             logps, entropy, aux = score()
         return logps, entropy, aux, kept.mask.to(mask.dtype)
+
+
+def _size(weight: Tensor) -> int:
+    """Numbers in a whole weight, also where ZeRO-3 has left this process without any."""
+    return int(getattr(weight, "ds_numel", weight.numel()))

@@ -32,6 +32,7 @@ from worker import (
     settings,
 )
 
+from rltok.config import ConfigError
 from rltok.trainers.checkpoint import damage, latest_checkpoint
 from rltok.trainers.engine_support import check_engine_support
 
@@ -92,7 +93,10 @@ def main(folder: Path, engine: str) -> None:
         "nothing": trained(folder, D3S, engine, ranks, **NOTHING),
     }
     if engine != "one process":
-        results["resumed"] = resumed(folder, engine, ranks)
+        try:
+            results["resumed"] = resumed(folder, engine, ranks)
+        except ConfigError as error:  # of every rank alike; the other cases are still worth reading
+            results["resumed"] = {"error": str(error)}
     if engine == "FSDP2":
         results["generated"] = generated(folder, ranks)
     if int(os.environ.get("RANK", "0")) == 0:

@@ -26,6 +26,8 @@ METHODS: dict[str, dict[str, Any]] = {
     # every candidate is silenced: which ones a smaller share draws depends on the number of processes
     "objective: clip_cov": {"objective": {"type": "clip_cov", "ratio": 1.0, "low": 0.02, "high": 5.0}},
     "objective: kl_cov": {"objective": {"type": "kl_cov", "ratio": 0.1}},
+    "batching: balance": {"batching": {"balance": True}},
+    "batching: balance, max_tokens, pack": {"batching": {"balance": True, "max_tokens": 48, "pack": True}},
     "selection: d3s": {
         "selection": {"type": "d3s", "rows_start": 0.6, "rows_end": 0.6, "tokens_start": 0.5, "tokens_end": 0.5}
     },
@@ -97,6 +99,6 @@ def expected(method: str, engine: str) -> str:
     """`same`, `refused` or `gpu`."""
     if engine == "QLoRA":
         return "gpu"
-    if method == "credit: preplan_anchor" and engine in (*DEEPSPEED, "FSDP2"):
+    if method == "credit: preplan_anchor" and engine in ("ZeRO-3", "FSDP2"):
         return "refused"
     return "same"

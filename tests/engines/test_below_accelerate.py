@@ -45,6 +45,7 @@ def test_five_updates_equal_those_of_one_process(one, sharded, case):
 
 def test_a_run_that_stopped_goes_on_from_its_sealed_checkpoint(one, sharded):
     """The engine's own files are in the manifest, and the updates before and after are those of an undisturbed run."""
+    assert "error" not in sharded["resumed"], sharded["resumed"]["error"]
     assert_same(sharded["resumed"], one[1]["plain"])
     assert sum("engine" in name for name in sharded["resumed"]["files"]) >= 2, "a file of every rank"
 
