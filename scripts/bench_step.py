@@ -823,9 +823,27 @@ def records(
 def main(argv: Sequence[str] | None = None) -> int:
     """Measure, print, write; 1 where `--check` fails."""
     options = arguments(argv)
-    warnings.filterwarnings("ignore")
-    transformers.utils.logging.set_verbosity_error()
-    logging.disable(logging.WARNING)
+    with quiet_libraries():
+        return run(options)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No warnings and no notices between the figures."""
+    level, verbosity = logging.root.manager.disable, transformers.utils.logging.get_verbosity()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        transformers.utils.logging.set_verbosity_error()
+        logging.disable(logging.WARNING)
+        try:
+            yield
+        finally:
+            logging.disable(level)
+            transformers.utils.logging.set_verbosity(verbosity)
+
+
+def run(options: argparse.Namespace) -> int:
+    """`main` with its options read."""
     torch.set_num_threads(options.threads)
     if options.memory_of:
         given = json.loads(options.memory_of)

@@ -180,7 +180,8 @@ def test_two_ranks_end_together(tmp_path: Path) -> None:
     with held(tmp_path / "locked") as (_, pid):
         run_on_ranks("faults_run_worker.py", 2, tmp_path)
     one, two = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in (0, 1))
-    assert one == two
+    free = re.compile(r"[\d.,]+ [kKMGT]?i?B")  # each looks at the disk for itself, and others write there
+    assert {k: free.sub("", v) for k, v in one.items()} == {k: free.sub("", v) for k, v in two.items()}
     assert one["locked"].startswith("ConfigError: output_dir:") and f"process {pid} on " in one["locked"]
     assert one["full"].startswith("StorageError: ") and "No space left" in one["full"]
     assert "rltok_state_1.pt" in one["full"] and "checkpoint-1 is untouched" in one["full"]

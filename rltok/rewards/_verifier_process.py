@@ -2,9 +2,9 @@
 
 Run by its path (never imported by rltok), so that neither rltok nor a file in the caller's directory is imported.
 Verifiers evaluate text that a model wrote (`eval` and sympy's parser among them). Here that can take any time, crash
-or fill the memory without harm to the training process: a timer of the kernel ends this process, whatever it does. From
-the first answer on, an audit hook refuses to write files, start processes, open connections and load libraries. That
-stops what a model stumbles upon; it is no sandbox against a text made to break out of it.
+or fill the memory without harm to the training process: a timer of the kernel ends this process, whatever it does.
+While an answer is judged, an audit hook refuses to write files, start processes, open connections and load libraries.
+That stops what a model stumbles upon; it is no sandbox against a text made to break out of it.
 
 Replies: `{"score": x}`; `{"error": text}` where the verifier raised on the answer; `{"fault": text}` where the job
 itself is wrong (unknown task, broken entry), which is never the answer's fault.
@@ -53,11 +53,11 @@ def serve() -> None:
     logging.disable(logging.CRITICAL)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     limit_memory()
-    judges = False
+    refuse_side_effects()
     for line in requests:
-        if not judges and json.loads(line).get("kind") != "load":
-            refuse_side_effects()
-            judges = True
+        judging.clear()
+        if json.loads(line).get("kind") != "load":  # libraries may do what they like while they are loaded
+            judging.append(True)
         replies.write(json.dumps(answer(json.loads(line))).encode() + b"\n")
         replies.flush()
 
@@ -157,14 +157,20 @@ def limit_memory() -> None:
         print(f"no memory limit: {error}", file=sys.stderr)
 
 
+judging: list[bool] = []
+"""Not empty while an answer is judged."""
+
+
 def refuse_side_effects() -> None:
-    """From now on, and for good: no file is written, no process started, no connection opened, no library loaded."""
+    """While an answer is judged no file is written, no process started, no connection opened, no library loaded."""
     import ctypes  # noqa: F401 - loads a library, which it may not do later
 
     sys.dont_write_bytecode = True
     writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_TRUNC
 
     def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if not judging:
+            return
         if event == "open":
             flags = arguments[2]
             if isinstance(flags, int) and flags & writing:

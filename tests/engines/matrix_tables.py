@@ -27,6 +27,6 @@ def short_table() -> str:
         outcomes = {method: expected(method, engine) for method in METHODS}
         refused = [f"`{method.split(': ')[1]}`" for method, found in outcomes.items() if found == "refused"]
         same = sum(found == "same" for found in outcomes.values())
-        shown = f"{same} of {len(METHODS)}" if same else "tested on a GPU only"
+        shown = f"{same} of {len(METHODS)}" if same else "its tests need a GPU and have not been run"
         lines.append(f"| {engine} ({how}) | {shown} | {', '.join(refused) or '-'} |")
     return "\n".join(lines) + "\n"

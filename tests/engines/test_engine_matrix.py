@@ -63,7 +63,10 @@ def test_the_methods_act(results):
     for method, result in results["one process"].items():
         assert len(result["losses"]) == 5 and result["moved"] > 0.01, method
         apart = max((result["parameters"][k] - v).abs().max().item() for k, v in base["parameters"].items())
-        assert (apart > 1e-3) == (method != "credit: group"), (method, apart)
+        if method.startswith("batching"):  # other passes, the same gradient
+            assert 0 < apart < 1e-5, (method, apart)
+        else:
+            assert (apart > 1e-3) == (method != "credit: group"), (method, apart)
 
 
 @pytest.mark.slow
