@@ -66,6 +66,8 @@ DISK_ADVICE = (
     "output_dir=DIR"
 )
 """What to do where the disk refuses a file."""
+KEPT_LOGS = 100
+"""Entries of transformers' own log that stay in memory and in checkpoints; `metrics.jsonl` has all of them."""
 HEAT_MAPS = 4
 """Completions of a rollout that W&B gets as HTML."""
 
@@ -529,6 +531,7 @@ class MetricsFile(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self.seconds = self._before + time.monotonic() - self._resumed
+        del state.log_history[:-KEPT_LOGS]
         if not state.is_world_process_zero or not logs or "train_runtime" in logs:
             return
         with self.run.metrics.open("a", encoding="utf-8") as file:

@@ -11,7 +11,7 @@ Every `--every` steps, after garbage has been collected, it notes
     threads     of the process
     objects     Python objects that the garbage collector tracks
     tensors     torch tensors among them
-    history_mib what transformers' own log of the run takes, one entry per logged step, by design without an end
+    history_mib what transformers' own log of the run takes, of which a run keeps the newest entries
 
 The first `--warmup` share of the steps is left out: caches and the allocator fill in it. Of the rest, each series gets
 a least-squares slope per 1,000 steps with a 95 % interval from Newey-West standard errors, which allow for samples that
@@ -205,7 +205,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--every", type=int, default=50, help="steps between samples")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--warmup", type=float, default=0.25, help="share of the steps that is left out")
-    parser.add_argument("--bound", type=float, default=8.0, help="MiB per 1,000 steps")
+    parser.add_argument("--bound", type=float, default=0.5, help="MiB per 1,000 steps")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="file for samples and slopes")
     parser.add_argument("--plot", type=Path, help="file for a picture, needs matplotlib")
