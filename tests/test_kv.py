@@ -41,10 +41,10 @@ POLICIES: dict[str, KVPolicy] = {
     "h2o": H2O(heavy=6, recent=6, interval=5),
     "h2o_greedy": H2O(heavy=9, recent=0, interval=1),
     "h2o_window": H2O(heavy=6, recent=6, interval=5, observe="window", observed=4),
-    "snap": SnapKV(capacity=12, queries=4),
-    "snap_interval": SnapKV(capacity=12, queries=4, interval=5),
-    "r_kv": RKV(capacity=12, queries=4, interval=6),
-    "compress": CompressKV(heads={0: [1], 1: [0, 3], 2: [2]}, budgets=[9, 20, 12], queries=4, interval=5),
+    "snap": SnapKV(budget=12, window=4),
+    "snap_interval": SnapKV(budget=12, window=4, interval=5),
+    "r_kv": RKV(budget=12, window=4, interval=6),
+    "compress": CompressKV(heads={0: [1], 1: [0, 3], 2: [2]}, budgets=[9, 20, 12], window=4, interval=5),
 }
 
 
@@ -112,7 +112,7 @@ def greedy(model: Any, rows: list[list[int]], extra: int = 0, **options: Any) ->
     [
         StreamingLLM(sink=2, recent=100),
         H2O(50, 50),
-        RKV(capacity=99),
+        RKV(budget=99),
         SnapKV(99, interval=4),
         CompressKV(budgets=[99, 80, 70], interval=4),
     ],
@@ -161,7 +161,7 @@ def test_equal_to_dense_attention_restricted_to_what_is_kept(model: Any, prompts
         visible, expected = replay(model, prompt, ids[row], policy)
         torch.testing.assert_close(logits[row], expected, atol=2e-5, rtol=0)
         for layer in range(LAYERS):
-            over = policy.budget(layer) + (NEW if policy.interval is None else policy.interval)
+            over = policy.kept(layer) + (NEW if policy.interval is None else policy.interval)
             if len(prompt) + NEW > over:
                 assert visible[layer][:, -1].sum(-1).max() <= over + 1
 
@@ -219,7 +219,7 @@ class Simulation:
                 self.score[token] += weight / len(heads)
 
     def cut(self, query: Tensor, key: Tensor, scaling: float, heads: list[int], kept: list[int], at: int) -> list[int]:
-        policy, budget = self.policy, self.policy.budget(self.layer)
+        policy, budget = self.policy, self.policy.kept(self.layer)
         if len(kept) <= budget:
             return kept
         if isinstance(policy, StreamingLLM):
@@ -230,7 +230,7 @@ class Simulation:
             votes = self.votes(query, key, scaling, heads, kept, range(at - policy.observed + 1, at + 1))
             scores, protected = votes.mean(0).tolist(), policy.recent
         else:
-            protected = policy.window
+            protected = policy.watched
             window = range(at - protected + 1, at + 1)
             if isinstance(policy, RKV):
                 scores = self.r_kv(query, key, scaling, heads, kept, window, policy)
@@ -385,13 +385,13 @@ def test_nothing_is_left_behind(model: Any, prompts: Any) -> None:
 def test_recipe_sections() -> None:
     assert build_policy({"policy": "streaming_llm", "budget": 64}) == StreamingLLM(sink=4, recent=60)
     assert build_policy({"policy": "h2o", "budget": 9, "observe": "window"}) == H2O(5, 4, observe="window")
-    assert build_policy({"policy": "r_kv", "budget": 64, "lam": 0.2}) == RKV(capacity=64, lam=0.2)
+    assert build_policy({"policy": "r_kv", "budget": 64, "lam": 0.2}) == RKV(budget=64, lam=0.2)
     for section, words in [
         ({"policy": "h3o"}, "h2o"),
         ({"policy": "h2o", "budget": 8, "heavy": 3}, "both say"),
         ({"policy": "h2o", "budget": 0}, "rollout.kv.budget"),
         ({"policy": "streaming_llm", "recent": 0}, "recent=0"),
-        ({"policy": "snap_kv", "capacity": 8}, "queries=32"),
+        ({"policy": "snap_kv", "budget": 8}, "window=32"),
         ({"policy": "r_kv", "interval": 0}, "interval=0"),
         ("h2o", "not a mapping"),
     ]:

@@ -46,7 +46,7 @@ class PolicyCache(Cache):
             if window is not None:
                 made.append(BlockLayer(rows, block, window, self.size))
                 continue
-            budget = policy.budget(index)
+            budget = policy.kept(index)
             slots = self.slots.setdefault(budget, Slots(budget, policy.interval, self.of))
             made.append(PolicyLayer(index, policy, slots, block, self.size))
         self.kept = [layer for layer in made if isinstance(layer, PolicyLayer)]

@@ -33,8 +33,8 @@ class CompressKV(KVPolicy):
     """layer -> query heads that choose; a layer that is missing uses all of its heads"""
     budgets: Sequence[int] = ()
     """tokens kept by every layer, window included, as `allocate_layers` gives them"""
-    queries: int = 8
-    """of the window; its tokens stay"""
+    window: int = 8
+    """newest queries that are looked at; their tokens stay"""
     kernel: int = 5
     """width of the average pooling, odd"""
 
@@ -42,14 +42,14 @@ class CompressKV(KVPolicy):
         super().__post_init__()
         if not self.budgets:
             raise ValueError("budgets=() is empty: give one number per layer, see allocate_layers")
-        check_window(min(self.budgets), self.queries, self.kernel, "min(budgets)")
+        check_window(min(self.budgets), self.window, self.kernel, "min(budgets)")
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:  # type: ignore[override]
         """Queries that vote."""
-        return self.queries
+        return self.window
 
-    def budget(self, layer: int) -> int:
+    def kept(self, layer: int) -> int:
         """budgets[layer]."""
         if layer >= len(self.budgets):
             raise ValueError(f"budgets has {len(self.budgets)} numbers, but the model has a layer {layer}")
@@ -61,7 +61,7 @@ class CompressKV(KVPolicy):
         chosen = self.heads.get(view.index)
         if chosen is not None:
             weights = weights[:, torch.tensor(list(chosen), device=weights.device)]
-        window = newest(view, self.queries)
+        window = newest(view, self.window)
         score = pooled_votes(weights, window, self.kernel).mean(1, keepdim=True)
         return best_slots(score, window, view.filled, view.budget).expand(-1, view.keys.size(1), -1)
 

@@ -53,7 +53,7 @@ class H2O(KVPolicy):
         return self.observe == "all"
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:  # type: ignore[override]
         """Queries kept with `observe: window`."""
         return self.observed if self.observe == "window" else 0
 
@@ -62,7 +62,7 @@ class H2O(KVPolicy):
         """Half for heavy hitters, half for the newest."""
         return {"heavy": budget - budget // 2, "recent": budget // 2}
 
-    def budget(self, layer: int) -> int:
+    def kept(self, layer: int) -> int:
         """heavy + recent."""
         return self.heavy + self.recent
 

@@ -112,10 +112,10 @@ class PolicyLayer(CacheLayerMixin):
 
     def _watch_prompt(self, query: Tensor) -> None:
         """Attention sums and newest queries of a part of the prompt, aligned like its keys."""
-        if self.policy.window:
+        if self.policy.watched:
             before = self.queries
             joined = query if before is None else torch.cat([before, query], 2)
-            self.queries = joined[:, :, -self.policy.window :].clone()
+            self.queries = joined[:, :, -self.policy.watched :].clone()
         if not self.policy.accumulates:
             return
         assert self.prompt is not None
@@ -150,7 +150,7 @@ class PolicyLayer(CacheLayerMixin):
         prompt, self.prompt, self.prompt_score = self.prompt, None, None
         if not over:  # as it is, with the room behind it
             self.tracks = {"keys": prompt.keys, "values": prompt.values}
-            for name in held.keys() - self.tracks.keys():
+            for name in [name for name in held if name not in self.tracks]:
                 whole = held[name].new_zeros(rows, heads, prompt.keys.size(2))
                 whole[:, :, prompt.start : prompt.end] = held[name]
                 self.tracks[name] = whole
@@ -186,9 +186,9 @@ class PolicyLayer(CacheLayerMixin):
         return self.tracks["keys"][used], self.tracks["values"][used]
 
     def _watch(self, query: Tensor) -> None:
-        if self.policy.window:
+        if self.policy.watched:
             assert self.queries is not None
-            self.queries = torch.cat([self.queries, query], 2)[:, :, -self.policy.window :]
+            self.queries = torch.cat([self.queries, query], 2)[:, :, -self.policy.watched :]
         if self.policy.accumulates:
             view = self._view(None)
             count = query.size(2)
@@ -262,12 +262,17 @@ class PolicyLayer(CacheLayerMixin):
     def of_row(self, row: int, length: int) -> tuple[Tensor, ...]:
         """Views of what is held of a row: its tracks, and its newest queries."""
         count = self.slots.count(row)
-        held = [track[row, :, self.end - count : self.end] for track in self.tracks.values()]
+        held = [self.tracks[name][row, :, self.end - count : self.end] for name in self._names]
         return (*held, self.queries[row]) if self.queries is not None else tuple(held)
+
+    @property
+    def _names(self) -> list[str]:
+        """Tracks in the order of an entry."""
+        return ["keys", "values", "positions", *(["score"] if self.policy.accumulates else [])]
 
     def insert(self, entries: Sequence[tuple[Tensor, ...]], copies: Sequence[int]) -> None:
         """New rows behind the others; `slots` knows of them already."""
-        names = ["keys", "values", "positions", *(["score"] if self.policy.accumulates else [])]
+        names = self._names
         if not self.tracks:
             self.tracks = {
                 name: part.new_zeros(0, part.size(0), 0, *part.shape[2:])
@@ -282,9 +287,9 @@ class PolicyLayer(CacheLayerMixin):
             for name, part in zip(names, entry, strict=False):
                 self.tracks[name][place : place + count, :, self.end - part.size(1) : self.end] = part
             place += count
-        if self.policy.window:
+        if self.policy.watched:
             new = [entry[-1].expand(count, *entry[-1].shape) for entry, count in zip(entries, copies, strict=True)]
-            wide = [pad_queries(part, self.policy.window) for part in new]
+            wide = [pad_queries(part, self.policy.watched) for part in new]
             self.queries = torch.cat(wide if self.queries is None else [self.queries, *wide])
 
     def keep(self, moves: Sequence[tuple[int, int]], rows: int) -> None:

@@ -58,7 +58,7 @@ class LayerView:
 
 @dataclass(frozen=True, kw_only=True)
 class KVPolicy:
-    """Base of all policies: subclasses say `budget` and `select`, and set what they need to see.
+    """Base of all policies: subclasses say `kept` and `select`, and set what they need to see.
 
     A layer is cut to its budget after the prompt and after every `interval` generated tokens of a row, whatever the
     row's neighbours do. Between cuts it holds up to `budget + interval` tokens.
@@ -69,7 +69,7 @@ class KVPolicy:
     positions: Positions = "original"
     """`original`: keys stay as rotated; `cache`: kept tokens get consecutive positions"""
 
-    window: ClassVar[int] = 0
+    watched: ClassVar[int] = 0
     """newest queries to keep for `select`; a property where it is an option"""
     accumulates: ClassVar[bool] = False
     """True if every query's attention is added to `score`"""
@@ -83,14 +83,14 @@ class KVPolicy:
     @property
     def needs_queries(self) -> bool:
         """True if attention must be watched."""
-        return self.window > 0 or self.accumulates
+        return self.watched > 0 or self.accumulates
 
     @classmethod
     def of_budget(cls, budget: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """Options that keep `budget` tokens in a layer, beside the given ones."""
         raise ValueError(f"budget={budget} cannot be set for {cls.__name__}; set its own options")
 
-    def budget(self, layer: int) -> int:
+    def kept(self, layer: int) -> int:
         """Slots of a row that a layer keeps at a cut."""
         raise NotImplementedError
 

@@ -30,10 +30,10 @@ class RKV(KVPolicy):
 
     interval: int | None = field(default=128, kw_only=True)
     """generated tokens of a row between two cuts"""
-    capacity: int = 1024
+    budget: int = 1024
     """tokens kept, window included"""
-    queries: int = 8
-    """of the window; its tokens stay"""
+    window: int = 8
+    """newest queries that are looked at; their tokens stay"""
     lam: float = 0.1
     """weight of importance against redundancy, 0 to 1"""
     threshold: float = 0.5
@@ -43,27 +43,27 @@ class RKV(KVPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.capacity, self.queries, self.kernel, "capacity")
+        check_window(self.budget, self.window, self.kernel, "budget")
         if not 0 <= self.lam <= 1:
             raise ValueError(f"lam={self.lam} must be in 0..1")
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:  # type: ignore[override]
         """Queries that are looked at."""
-        return self.queries
+        return self.window
 
     @classmethod
     def of_budget(cls, budget: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """All of it."""
-        return {"capacity": budget}
+        return {"budget": budget}
 
-    def budget(self, layer: int) -> int:
-        """capacity."""
-        return self.capacity
+    def kept(self, layer: int) -> int:
+        """budget."""
+        return self.budget
 
     def select(self, view: LayerView) -> Tensor:
         """The window's slots and the best others."""
-        window = newest(view, self.queries)
+        window = newest(view, self.window)
         importance = window_importance(view, window, self.kernel)
         repeated = redundancy(view.keys, view.filled[:, 0], self.threshold)
         score = self.lam * importance - (1 - self.lam) * repeated

@@ -26,35 +26,35 @@ class SnapKV(KVPolicy):
 
     interval: int | None = field(default=None, kw_only=True)
     """generated tokens of a row between two cuts; None, as in the paper: the prompt alone is cut"""
-    capacity: int = 2048
+    budget: int = 2048
     """tokens kept, window included"""
-    queries: int = 32
-    """of the window; its tokens stay"""
+    window: int = 32
+    """newest queries that are looked at; their tokens stay"""
     kernel: int = 5
     """width of the average pooling, odd"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_window(self.capacity, self.queries, self.kernel, "capacity")
+        check_window(self.budget, self.window, self.kernel, "budget")
 
     @property
-    def window(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:  # type: ignore[override]
         """Queries that vote."""
-        return self.queries
+        return self.window
 
     @classmethod
     def of_budget(cls, budget: int, options: Mapping[str, Any]) -> dict[str, Any]:
         """All of it."""
-        return {"capacity": budget}
+        return {"budget": budget}
 
-    def budget(self, layer: int) -> int:
-        """capacity."""
-        return self.capacity
+    def kept(self, layer: int) -> int:
+        """budget."""
+        return self.budget
 
     def select(self, view: LayerView) -> Tensor:
         """The window's slots and the best others."""
-        score = pooled_votes(window_weights(view), newest(view, self.queries), self.kernel)
-        return best_slots(score, newest(view, self.queries), view.filled, view.budget)
+        score = pooled_votes(window_weights(view), newest(view, self.window), self.kernel)
+        return best_slots(score, newest(view, self.window), view.filled, view.budget)
 
 
 def pooled_votes(weights: Tensor, window: Tensor, kernel: int) -> Tensor:
@@ -66,11 +66,11 @@ def pooled_votes(weights: Tensor, window: Tensor, kernel: int) -> Tensor:
     return avg_pool1d(votes, kernel, stride=1, padding=kernel // 2)
 
 
-def check_window(budget: int, queries: int, kernel: int, name: str) -> None:
+def check_window(budget: int, window: int, kernel: int, name: str) -> None:
     """Raise ValueError for a window that does not fit."""
-    if queries < 1:
-        raise ValueError(f"queries={queries} must be >= 1")
-    if budget <= queries:
-        raise ValueError(f"{name}={budget} must be above the window, queries={queries}, which always stays")
+    if window < 1:
+        raise ValueError(f"window={window} must be >= 1")
+    if budget <= window:
+        raise ValueError(f"{name}={budget} must be above window={window}, whose tokens always stay")
     if kernel < 1 or kernel % 2 == 0:
         raise ValueError(f"kernel={kernel} must be odd and >= 1")

@@ -38,7 +38,7 @@ class StreamingLLM(KVPolicy):
         """The window takes what the sinks leave."""
         return {"recent": budget - options.get("sink", cls.sink)}
 
-    def budget(self, layer: int) -> int:
+    def kept(self, layer: int) -> int:
         """sink + recent."""
         return self.sink + self.recent
 
