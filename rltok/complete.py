@@ -23,6 +23,9 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from rltok.config import ConfigError
 from rltok.entropy import EntropyStats
 from rltok.fast import LoopMetrics, LoopProgress, LoopSettings, generate_rows, row_key, servable_model
+from rltok.kv import KVPolicy, PolicyCache, attach, policy_cache
+from rltok.kv.attach import base_model
+from rltok.kv.attention import implementation
 from rltok.sampling import (
     DECODING,
     DecodingContext,
@@ -104,6 +107,7 @@ def complete(
     processors: Callable[[], Sequence[NamedProcessor]] = list,
     record: bool = False,
     steering: SteeringConfig | None = None,
+    kv: KVPolicy | None = None,
     autocast: torch.dtype | None = None,
     on_rows: OnRows | None = None,
 ) -> list[Completed]:
@@ -116,6 +120,7 @@ def complete(
         processors: makes the processors of a part, in the order they run; none is the plain model.
         record: keep log-probabilities.
         steering: vectors that are added to hidden states.
+        kv: what the cache keeps of every row; None: all.
         autocast: compute in this dtype; None computes in the weights' dtype.
         on_rows: as completions end.
 
@@ -124,10 +129,11 @@ def complete(
         ValueError: settings out of their range.
     """
     check_engine(model, settings.engine, "engine='transformers'")
+    check_policy(model, kv)
     if not prompts:
         return []
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    call = _Call(model, tokenizer, prompts, settings, record, on_rows or (lambda ended, tokens: None))
+    call = _Call(model, tokenizer, prompts, settings, record, kv, on_rows or (lambda ended, tokens: None))
     with isolated_rng(settings.seed), inference(model, steering, autocast):
         if settings.engine == "fast":
             where = [(index, 0) for index in range(len(prompts))] if places is None else places
@@ -159,6 +165,22 @@ def check_engine(model: PreTrainedModel, engine: Engine, instead: str) -> None:
         raise ConfigError(f"the engine fast cannot complete prompts with this model: {error} ({instead})") from error
 
 
+def check_policy(model: PreTrainedModel, kv: KVPolicy | None, where: str = "kv") -> None:
+    """Refuse a model that a cache policy does not serve.
+
+    Raises:
+        ConfigError: names the setting and what stands against it.
+    """
+    if kv is None:
+        return
+    base = base_model(model)
+    try:
+        implementation(base)
+        PolicyCache(base.config, policy=kv)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}", where) from None
+
+
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every token that ends a completion, as the trainer counts them: the tokenizer's and the model's own."""
     declared = model.generation_config.eos_token_id
@@ -178,6 +200,7 @@ class _Call:
     prompts: Sequence[Sequence[int]]
     settings: CompletionSettings
     record: bool
+    kv: KVPolicy | None
     tell: OnRows
 
     def by_loop(
@@ -191,23 +214,26 @@ class _Call:
             self.tell(now.ended - told[0], now.tokens - told[1])
             told = (now.ended, now.tokens)
 
-        found = generate_rows(
-            self.model,
-            [self.prompts[index] for index in chosen],
-            [row_key(seed, 0, prompt, sample) for prompt, sample in places],
-            self._loop_settings(),
-            [processor for _, processor in processors],
-            self.record,
-            tokenizer=self.tokenizer,
-            on_progress=progress,
-        )
+        with policy_cache(self.model, self.kv) as cache:
+            found = generate_rows(
+                self.model,
+                [self.prompts[index] for index in chosen],
+                [row_key(seed, 0, prompt, sample) for prompt, sample in places],
+                self._loop_settings(),
+                [processor for _, processor in processors],
+                self.record,
+                tokenizer=self.tokenizer,
+                cache=cache,
+                on_progress=progress,
+            )
         return Completed(chosen, found.ids, found.logps, processors, found.metrics)
 
     def by_generate(self, chosen: list[int], processors: list[NamedProcessor]) -> Completed:
         """Chosen prompts by one call of transformers' generate."""
         ours = [processor for _, processor in processors]
         recorder = SampledLogps(greedy="record") if self.record else None
-        with sampling_control(self.model, ours, recorder) if ours or recorder is not None else nullcontext():
+        control = sampling_control(self.model, ours, recorder) if ours or recorder is not None else nullcontext()
+        with control, nullcontext() if self.kv is None else attach(self.model, self.kv):
             ids = self._generate([list(self.prompts[index]) for index in chosen])
         self.tell(len(ids), sum(map(len, ids)))
         return Completed(chosen, ids, None if recorder is None else recorder.finish(ids), processors, None)

@@ -1,8 +1,8 @@
 """Held-out accuracy of a policy: complete the prompts, score with the recipe's reward functions.
 
 Greedy or sampled; the random state of the caller and the model's mode are as before afterwards, so that a run that
-evaluates before training trains exactly like one that does not. Decoding methods and steering vectors act only if
-they are given: those of a recipe's rollouts are not.
+evaluates before training trains exactly like one that does not. Decoding methods, steering vectors
+and cache policies act only if they are given: those of a recipe's rollouts are not.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from rltok.complete import (
     named_processors,
 )
 from rltok.entropy import EntropyStats
+from rltok.kv import KVPolicy
 from rltok.sampling import DecodingModule
 
 if TYPE_CHECKING:
@@ -67,6 +68,7 @@ def evaluate(
     on_rows: OnRows | None = None,
     decoding: Sequence[DecodingModule] = (),
     steering: SteeringConfig | None = None,
+    kv: KVPolicy | None = None,
     entropy_stats: EntropyStats | None = None,
 ) -> Evaluation:
     """Mean rewards of a policy's completions.
@@ -85,6 +87,7 @@ def evaluate(
         on_rows: as completions end, with their number and the tokens sampled since the last call.
         decoding: methods that act on the logits; none is plain `generate`.
         steering: vectors that are added to hidden states while completions are made.
+        kv: what the cache keeps while completions are made; None: every token.
         entropy_stats: for adaptive temperature, which does nothing to greedy decoding (`rltok.sampler_stats`).
 
     Raises:
@@ -107,6 +110,7 @@ def evaluate(
         places=places,
         processors=partial(named_processors, decoding, context),
         steering=steering,
+        kv=kv,
         autocast=autocast,
         on_rows=on_rows,
     )

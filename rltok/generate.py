@@ -26,6 +26,7 @@ from rltok.complete import (
     Engine,
     OnRows,
     check_engine,
+    check_policy,
     complete,
     decoding_context,
     end_ids,
@@ -35,6 +36,7 @@ from rltok.config import ConfigError
 from rltok.entropy import EntropyStats
 from rltok.fast import LoopMetrics
 from rltok.generation_files import Generated, completion_records, token_columns, token_traces, write_generation
+from rltok.kv import KVPolicy, build_policy
 from rltok.models import load_tokenizer
 from rltok.progress import EvaluationBar
 from rltok.prompts import Row, asked_as, check_prompt, clip, flag, prompt_tokens, read_rows
@@ -207,6 +209,7 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     plan = DecodingRecipe() if options.decoding == NO_RECIPE else load_decoding(options.decoding, options.overrides)
     decoding = build_decoding(plan.decoding, "decoding")
     steering = build_steering(plan.steering, "steering")
+    kv = None if plan.kv is None else build_policy(plan.kv, "kv")
     sampling = resolve_sampling(options, plan.recipe)
     rewards = reward_set(options.rewards, options.best_of, options.recipe_data, options.out, plan.recipe)
     rows = prompt_rows(options, plan.recipe)
@@ -220,6 +223,7 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     check_stop_texts(tokenizer, sampling.stop_strings)
     model = load_policy(config)
     check_engine(model, sampling.engine, OTHER_ENGINE)
+    check_policy(model, kv)
     sampling = fit_context(sampling, prompts, model, has_length=_has_length(options, plan.recipe))
     options.out.mkdir(parents=True, exist_ok=True)
     places = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.num_samples)]
@@ -233,12 +237,13 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
         places=first,
         saved=checkpoint_stats(options.checkpoint),
         steering=steering,
+        kv=kv,
         say=_printer(console),
     )
     started = time.monotonic()
     with EvaluationBar(console, "generation", len(places)) as bar:
         made = generate(
-            model, tokenizer, prompts, decoding, sampling, entropy_stats=stats, steering=steering, on_rows=bar
+            model, tokenizer, prompts, decoding, sampling, entropy_stats=stats, steering=steering, kv=kv, on_rows=bar
         )
     seconds, completions = time.monotonic() - started, made.completions
     scores = score_completions(completions, rows, tokenizer, rewards)
@@ -390,6 +395,7 @@ def _settings(sampling: Sampling, plan: DecodingRecipe) -> dict[str, Any]:
         "sampling": values,
         "decoding": plan.decoding,
         "steering": plan.steering,
+        "kv": plan.kv,
     }
 
 
@@ -443,6 +449,7 @@ def generate(
     *,
     entropy_stats: EntropyStats | None = None,
     steering: SteeringConfig | None = None,
+    kv: KVPolicy | None = None,
     on_rows: OnRows | None = None,
 ) -> Generation:
     """Completions of all prompts with what was recorded of every token.
@@ -453,6 +460,7 @@ def generate(
         prompts: token ids.
         decoding: methods; those of strength 0 change no bit of ids and log-probabilities.
         entropy_stats: for adaptive temperature (`rltok.sampler_stats`).
+        kv: what the cache keeps of every row; None: every token.
         on_rows: as completions end, with their number and the tokens sampled since the last call.
 
     Raises:
@@ -471,6 +479,7 @@ def generate(
         processors=partial(named_processors, decoding, context),
         record=True,
         steering=steering,
+        kv=kv,
         on_rows=on_rows,
     )
     found: dict[int, Generated] = {}

@@ -108,6 +108,8 @@ class EvaluationConfig:
     """decoding methods, as in rollout.decoding, which evaluation never reads"""
     steering: dict[str, Any] | None = None
     """steering vectors, such as {path: FILE}; None evaluates the bare policy"""
+    kv: dict[str, Any] | None = None
+    """cache policy, as in rollout.kv, which evaluation never reads; None keeps every token"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_samples"):
@@ -204,27 +206,30 @@ class DecodingRecipe:
     """decoding methods as plain values, defaults filled in"""
     steering: dict[str, Any] | None = None
     """steering vectors likewise"""
+    kv: dict[str, Any] | None = None
+    """cache policy likewise"""
     recipe: Recipe | None = None
     """the whole recipe; None for a file of decoding methods alone"""
 
 
 def load_decoding(recipe: str | Path, overrides: Sequence[str] = ()) -> DecodingRecipe:
-    """Decoding of a recipe's rollouts, or of a YAML file that holds nothing but `decoding:` and `steering:`.
+    """Decoding of a recipe's rollouts, or of a YAML file that holds nothing but `decoding:`, `steering:` and `kv:`.
 
     Raises:
         ConfigError: as `load_recipe`.
     """
-    if not {"decoding", "steering"} & merged(recipe)[0].keys():  # neither is a section of a whole recipe
+    if not {"decoding", "steering", "kv"} & merged(recipe)[0].keys():  # none is a section of a whole recipe
         loaded = load_recipe(recipe, overrides)
         rollout = loaded.rollout or {}
-        return DecodingRecipe(rollout.get("decoding") or [], rollout.get("steering"), loaded)
+        return DecodingRecipe(rollout.get("decoding") or [], rollout.get("steering"), rollout.get("kv"), loaded)
     values, marks = merged(recipe, overrides)
     try:
-        check_keys(values, ("name", "decoding", "steering"), "")
-        steering = values.get("steering")
+        check_keys(values, ("name", "decoding", "steering", "kv"), "")
+        steering, kv = values.get("steering"), values.get("kv")
         return DecodingRecipe(
             filled_decoding(values.get("decoding"), "decoding"),
             None if steering is None else filled_steering(steering, "steering"),
+            None if kv is None else filled_kv(kv, "kv"),
         )
     except ConfigError as error:
         raise _located(error, marks) from error
@@ -472,6 +477,9 @@ def _anchor_paths(layer: Mapping[str, Any], folder: Path) -> None:
         steering = owner.get("steering") if isinstance(owner, dict) else None
         if isinstance(steering, dict) and isinstance(steering.get("path"), str):
             steering["path"] = _anchor(steering["path"], folder, always=True)
+        kv = owner.get("kv") if isinstance(owner, dict) else None
+        if isinstance(kv, dict) and isinstance(kv.get("table"), str):
+            kv["table"] = _anchor(kv["table"], folder, always=True)
     rewards = layer.get("rewards")
     for options in rewards.values() if isinstance(rewards, dict) else []:
         if isinstance(options, dict) and "function" in options:
@@ -538,11 +546,14 @@ def without_nulls(cls: type, values: Mapping[str, Any] | None) -> dict[str, Any]
     """`values` less those that are None where the field of `cls` does not take None: these mean its default."""
     kept = {}
     for key, value in (values or {}).items():
-        hint = hints(cls).get(key, Any)
-        if value is None and hint is not Any and type(None) not in get_args(hint):
+        if value is None and not _takes_none(hints(cls).get(key, Any)):
             continue
         kept[key] = value
     return kept
+
+
+def _takes_none(hint: Any) -> bool:
+    return hint is Any or type(None) in get_args(hint)
 
 
 def _check_training(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -590,7 +601,10 @@ def _check_rollout(values: Any) -> dict[str, Any]:
     if isinstance(values, dict):
         decoding = filled_decoding(values.get("decoding"), "rollout.decoding")
         values = without_nulls(RolloutConfig, values) | {"decoding": decoding}
-    return _plain(build_rollout(values)) | {"decoding": decoding}
+        if values.get("kv") is not None:
+            values["kv"] = filled_kv(values["kv"], "rollout.kv")
+    kv = values.get("kv") if isinstance(values, dict) else None
+    return _plain(build_rollout(values)) | {"decoding": decoding, "kv": kv}
 
 
 def _check_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
@@ -599,6 +613,11 @@ def _check_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
         values["decoding"] = filled_decoding(values["decoding"], "evaluation.decoding")
     if values.get("steering") is not None:
         values["steering"] = filled_steering(values["steering"], "evaluation.steering")
+    if values.get("kv") is not None:
+        values["kv"] = filled_kv(values["kv"], "evaluation.kv")
+        if values["kv"]["hold"] is not None:
+            where = "evaluation.kv.hold"
+            raise ConfigError(f"{where}: an evaluation has one budget, which nothing moves; remove it", where)
     return build(EvaluationConfig, values, "evaluation")
 
 
@@ -631,6 +650,19 @@ def filled_steering(section: Any, path: str) -> dict[str, Any]:
 
     values = without_nulls(SteeringConfig, section) if isinstance(section, Mapping) else section
     return _plain(build(SteeringConfig, values, path))
+
+
+def filled_kv(section: Any, path: str) -> dict[str, Any]:
+    """Settings of a cache policy with the defaults filled in, as plain values.
+
+    Raises:
+        ConfigError: unknown policy or option, or a wrong value.
+    """
+    from rltok.kv.config import KVConfig, kv_settings, policy_type
+
+    known = {**hints(policy_type(section, path)), **hints(KVConfig), "policy": str}
+    values = {key: value for key, value in section.items() if value is not None or _takes_none(known.get(key, Any))}
+    return _plain(kv_settings(values, path))
 
 
 def _filled(registry: Mapping[str, type], values: Any, path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from rltok.config import ConfigError, build, build_typed, join
 from rltok.correction import CorrectionConfig
 from rltok.fast import LoopSettings
+from rltok.kv import KVConfig, build_kv
 from rltok.sampling import DECODING, DecodingModule
 from rltok.selection.prompts import PromptSkippingConfig
 from rltok.steering import SteeringConfig
@@ -64,8 +65,10 @@ class RolloutConfig:
     """Decoding methods, each `{type: NAME, option: value}`; they act together, temperatures last."""
     steering: SteeringConfig | None = None
     """Steering vectors added to hidden states while completions are made; null is the plain model."""
+    kv: KVConfig | None = None
+    """Cache policy of the sampler, `{policy: NAME, budget: N, option: value}`; null keeps every token."""
     correction: CorrectionConfig | None = None
-    """Weights between the sampler and the learner; null takes what the decoding methods recommend."""
+    """Weights between the sampler and the learner; null takes what the decoding methods and the policy recommend."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Refill groups whose metric is constant; null trains on them as they are."""
     prompt_skipping: PromptSkippingConfig | None = None
@@ -104,8 +107,8 @@ class RolloutConfig:
         return self.steering is not None and not self.steering.is_neutral
 
     @property
-    def _parts(self) -> tuple[DecodingModule | SteeringConfig, ...]:
-        return self.decoding if self.steering is None else (*self.decoding, self.steering)
+    def _parts(self) -> tuple[DecodingModule | SteeringConfig | KVConfig, ...]:
+        return (*self.decoding, *(part for part in (self.steering, self.kv) if part is not None))
 
     @property
     def decodes(self) -> bool:
@@ -145,7 +148,9 @@ def strictest(configs: Sequence[CorrectionConfig]) -> CorrectionConfig:
         return CorrectionConfig()
     levels = sorted({config.level for config in configs})
     if len(levels) > 1:
-        raise ValueError(f"the decoding methods recommend weights at levels {', '.join(levels)}: set correction.level")
+        raise ValueError(
+            f"what changes the sampler recommends weights at levels {', '.join(levels)}: set correction.level"
+        )
     most = [c.clip_max for c in configs if c.clip_max is not None]
     least = [c.bounds[0] for c in configs if c.bounds[0] > 0]
     vetoes = [c.veto for c in configs if c.veto is not None]
@@ -169,9 +174,13 @@ def build_rollout(section: Mapping[str, Any] | RolloutConfig | None, path: str =
     """
     if isinstance(section, RolloutConfig):
         return section
-    if isinstance(section, Mapping) and "decoding" in section:
-        where = join(path, "decoding")
-        section = {**section, "decoding": build_decoding(section["decoding"], where)}
+    if isinstance(section, Mapping):
+        made: dict[str, Any] = {}
+        if "decoding" in section:
+            made["decoding"] = build_decoding(section["decoding"], join(path, "decoding"))
+        if "kv" in section:
+            made["kv"] = build_kv(section["kv"], join(path, "kv"))
+        section = {**section, **made}
     return build(RolloutConfig, section, path)
 
 

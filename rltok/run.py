@@ -32,12 +32,13 @@ from rich.table import Table
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from rltok.complete import CompletionSettings, Engine, check_engine, check_methods, decoding_context
+from rltok.complete import CompletionSettings, Engine, check_engine, check_methods, check_policy, decoding_context
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
 from rltok.faults import explained, limit_collectives
 from rltok.files import explained_writes, json_line, write_atomically, write_json
+from rltok.kv import build_policy
 from rltok.launch import check_started, check_strategy, refuse_sharded_evaluation, running_strategy
 from rltok.models import check_trainable, is_adapter, load_model, load_model_config, load_tokenizer, peft_config
 from rltok.pickles import refuse_code
@@ -51,7 +52,7 @@ from rltok.sampling import DecodingModule, make_processors
 from rltok.secrets import redacted, refuse_secrets
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
     from rltok.entropy import EntropyStats, Gather
     from rltok.rewards import RewardSet
@@ -207,7 +208,7 @@ def _train(
     )
     model = load_model(recipe.model)
     if evaluates:
-        check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
+        check_completions(recipe, model)
     display = ProgressDisplay(console, recipe.report.progress)
     metrics = MetricsFile(run)
     trainer = CreditTrainer(
@@ -217,6 +218,7 @@ def _train(
         train_dataset=splits.train,
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model.lora),
+        attention_pattern=recipe.model.attention_pattern,
         callbacks=[metrics, TrackRecipe(recipe)],
     )
     check_strategy(recipe.launch, trainer.accelerator)
@@ -360,7 +362,7 @@ def evaluation_engine(recipe: Recipe) -> Engine:
 
 
 def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding` and `rollout.steering` are not among them.
+    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding`, `steering` and `kv` are not among them.
 
     Ranks differ in the seed only where completions come from one random state (`transformers`).
     """
@@ -378,6 +380,7 @@ def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
         "chat_template_kwargs": training.get("chat_template_kwargs"),
         "decoding": build_decoding(settings.decoding, "evaluation.decoding"),
         "steering": build_steering(settings.steering, "evaluation.steering"),
+        "kv": None if settings.kv is None else build_policy(settings.kv, "evaluation.kv"),
     }
 
 
@@ -404,6 +407,16 @@ def check_evaluation(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None
     options = evaluation_options(recipe)
     check_decoding_fits(options["decoding"], tokenizer, options["engine"], "evaluation.decoding")
     check_vectors(options["steering"], "evaluation.steering")
+
+
+def check_completions(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse a model that the engine or the cache policy of the recipe's evaluations does not serve.
+
+    Raises:
+        ConfigError: names the setting and what stands against it.
+    """
+    check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
+    check_policy(model, evaluation_options(recipe)["kv"], "evaluation.kv")
 
 
 def check_decoding_fits(
@@ -490,7 +503,7 @@ def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
     tokenizer = load_tokenizer(recipe.model)
     check_evaluation(recipe, tokenizer)
     model = load_model(recipe.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
+    check_completions(recipe, model)
     rows = [splits.heldout[i] for i in range(held_out_rows(recipe, splits.heldout))]
     total = len(rows) * recipe.evaluation.num_samples
     saved = checkpoint_stats(recipe.model.path)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rltok.complete import Completed, CompletionSettings, complete, needs_entropy_stats
 from rltok.entropy import EntropyStats, Gather, entropy_stats
+from rltok.kv import KVPolicy
 from rltok.pickles import load_tensors
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingModule, RolloutProcessor, Rows, row_entropy
 from rltok.sampling.processor import Columns
@@ -90,6 +91,7 @@ def calibrate_entropy(
     places: Sequence[tuple[int, int]] | None = None,
     saved: SavedStats | None = None,
     steering: SteeringConfig | None = None,
+    kv: KVPolicy | None = None,
     autocast: torch.dtype | None = None,
     gather: Gather | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -125,6 +127,7 @@ def calibrate_entropy(
         places=places,
         processors=lambda: [("entropy", _RowEntropy(temperature))],
         steering=steering,
+        kv=kv,
         autocast=autocast,
     )
     values = [_entropies(part) for part in parts] or [torch.zeros(0, device=model.device)]

@@ -1,10 +1,10 @@
 """Cache policies: fewer keys and values per token, exact in batches of ragged rows."""
 
-from rltok.kv.attach import Attached, attach
+from rltok.kv.attach import Attached, attach, policy_cache
 from rltok.kv.attention import watched_attention
 from rltok.kv.cache import PolicyCache
 from rltok.kv.compress_kv import CompressKV, allocate_layers, semantic_head_scores
-from rltok.kv.config import POLICIES, build_policy
+from rltok.kv.config import POLICIES, HoldConfig, KVConfig, build_kv, build_policy, kv_settings
 from rltok.kv.h2o import H2O, heavy_hitters
 from rltok.kv.policy import KVPolicy, LayerView
 from rltok.kv.r_kv import RKV, redundancy
@@ -17,6 +17,8 @@ __all__ = [
     "RKV",
     "Attached",
     "CompressKV",
+    "HoldConfig",
+    "KVConfig",
     "KVPolicy",
     "LayerView",
     "PolicyCache",
@@ -24,8 +26,11 @@ __all__ = [
     "StreamingLLM",
     "allocate_layers",
     "attach",
+    "build_kv",
     "build_policy",
     "heavy_hitters",
+    "kv_settings",
+    "policy_cache",
     "redundancy",
     "semantic_head_scores",
     "watched_attention",

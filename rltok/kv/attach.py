@@ -5,14 +5,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rltok.fast.cache import BlockCache
+from rltok.fast.loop import CacheFactory
 from rltok.kv.attention import watched_attention
 from rltok.kv.cache import PolicyCache
 from rltok.kv.policy import KVPolicy
+
+
+@contextmanager
+def policy_cache(model: Any, policy: KVPolicy | None) -> Iterator[CacheFactory]:
+    """What makes the caches of `rltok.fast.generate_rows` while open; None: the dense ones.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+
+    Raises:
+        ValueError: attention that cannot be watched.
+    """
+    if policy is None:
+        yield BlockCache
+        return
+    with watched_attention(base_model(model)):
+        yield partial(PolicyCache, policy=policy)
+
+
+def base_model(model: Any) -> Any:
+    """The model inside PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @dataclass
@@ -42,7 +67,7 @@ def attach(model: Any, policy: KVPolicy) -> Iterator[Attached]:
     Raises:
         ValueError: attention that cannot be watched; in generate, an option that needs the whole cache.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_model(model)
     handle = Attached(policy)
 
     def prepare(

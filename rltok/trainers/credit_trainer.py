@@ -35,7 +35,7 @@ from rltok.attention.probe import probeable_layers
 from rltok.batch import TokenBatch
 from rltok.complete import named_processors
 from rltok.config import ConfigError, build
-from rltok.correction import rollout_weights
+from rltok.correction import mismatch_quantiles, rollout_weights
 from rltok.credit import CreditMethod, check_credit
 from rltok.entropy import LOG_FLOOR, EntropyStats, entropy_signal, entropy_stats
 from rltok.generation_files import token_traces
@@ -47,6 +47,7 @@ from rltok.report import SampleConfig
 from rltok.rollout import RolloutConfig
 from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor
 from rltok.selection import SelectionMethod
+from rltok.trainers.attention_pattern import PatternedAttention
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
@@ -65,13 +66,16 @@ from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
 from rltok.trainers.recording import SampleRecorder
 from rltok.trainers.resume import ExactResume
+from rltok.trainers.sampler_cache import SamplerCache
 from rltok.trainers.selected_updates import SelectedUpdates
 from rltok.trainers.selection import Selected
 
 logger = logging.getLogger(__name__)
 
 
-class CreditTrainer(GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss):
+class CreditTrainer(
+    PatternedAttention, GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
+):
     """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
 
     Args:
@@ -143,6 +147,7 @@ class CreditTrainer(GuardedTraining, ExactResume, BalancedUpdates, PackedScoring
                 rollout_section.prompt_skipping, self.train_dataset, self._refill, self.accelerator, self.args.seed
             )
         self._check_attention()
+        self._sampler_cache = None if rollout_section.kv is None else SamplerCache(rollout_section.kv)
         plain = self.rollout_func is None and engine_of(self.args, rollout_section) == "fast"
         self._fast = FastEngine(self) if plain else None
         check_built(self)
@@ -476,14 +481,19 @@ class CreditTrainer(GuardedTraining, ExactResume, BalancedUpdates, PackedScoring
             return
         mask = loss_mask(output)
         config = self.doors.rollout.resolved_correction
-        weights = rollout_weights(logps, output["sampling_per_token_logps"], mask, config, self._reducer)
+        weights = rollout_weights(logps, self._sampler_logps(output, logps), mask, config, self._reducer)
         output["importance_sampling_ratio"] = weights.weight.to(logps.dtype)
         if not torch.equal(weights.loss_mask, mask):
             output["tool_mask"] = output.get("tool_mask", torch.ones_like(mask)) * weights.loss_mask
         output["num_items_in_batch"] = self.accelerator.gather(loss_mask(output).sum()).sum()
-        values = {name: float(value) for name, value in weights.metrics.items()}
+        sampled = mask.bool()
+        x = self._gather((logps - output["sampling_per_token_logps"])[sampled].detach())
+        values = {name: float(value) for name, value in (weights.metrics | mismatch_quantiles(x)).items()}
         for name, value in values.items():
             self._metrics[mode][f"correction/{name}"].append(value)
+        if self._sampler_cache is not None:
+            for name, found in self._sampler_cache.after_rollout(values, self.accelerator.is_main_process).items():
+                self._metrics[mode][f"kv/{name}"].append(found)
         if values["weight_ess"] < config.min_ess and not self._warned_of_ess:
             self._warned_of_ess = True
             log = logger.warning if self.accelerator.is_main_process else logger.debug

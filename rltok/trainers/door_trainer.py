@@ -12,6 +12,7 @@ from transformers.utils import is_peft_available
 from trl import GRPOTrainer
 
 from rltok.entropy import EntropyStats
+from rltok.kv import KVPolicy
 from rltok.objective import LossSettings
 from rltok.sampling import DecodingContext
 from rltok.trainers.credit_table import CreditTable
@@ -19,6 +20,7 @@ from rltok.trainers.distributed import AccelerateReducer, RaggedGather
 from rltok.trainers.doors import Doors
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts
+from rltok.trainers.sampler_cache import SamplerCache
 from rltok.trainers.selection import RolloutSelector, Selected
 
 # Inputs of vision models that TRL hands from scoring to the loss.
@@ -66,6 +68,8 @@ class DoorTrainer(GRPOTrainer):
     """statistics of the last rollout's entropies, for the next one's temperatures"""
     _fast: Any
     """our `FastEngine`, where it makes the completions, else None"""
+    _sampler_cache: SamplerCache | None
+    """the cache policy of the rollouts, None where every token is kept"""
     _refill: RefillPrompts | None
     _skipping: SkippedPrompts | None
     _table: CreditTable
@@ -98,6 +102,11 @@ class DoorTrainer(GRPOTrainer):
         """True if something reads the old policy's scores of all rows."""
         corrects = self.doors.rollout.resolved_correction.mode != "off"
         return corrects or bool(self.doors.needs & {"entropy", "entropy_stats", "old_logps"})
+
+    @property
+    def _kv_policy(self) -> KVPolicy | None:
+        """What the cache of the completions to come keeps; None, as always in evaluation: every token."""
+        return self._sampler_cache.policy if self._sampler_cache is not None and self.model.training else None
 
     @property
     def _ratio_needs_old(self) -> bool:

@@ -87,7 +87,7 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
         return
     reason = "recording log-probabilities (rollout.record_logps)"
     if rollout.modifies_sampler:
-        reason = "rollout.decoding" if rollout.decodes else "rollout.steering"
+        reason = "rollout.decoding" if rollout.decodes else "rollout.steering" if rollout.steers else "rollout.kv"
     if has_rollout_func:
         raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
     for module in rollout.decoding:
@@ -96,6 +96,11 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
                 f"rollout.decoding: {type(module).__name__} does not run on the engine {engine}. Use one of "
                 f"{', '.join(module.engines)} ({_settings_of(module.engines[0])})."
             )
+    if rollout.kv is not None and engine not in rollout.kv.engines:
+        raise ConfigError(
+            f"rollout.kv chooses what a cache keeps, but the engine {engine} has a cache of its own. Use "
+            f"{' or '.join(f'{name} ({_settings_of(name)})' for name in rollout.kv.engines)}."
+        )
     if engine == "vllm_server" and rollout.steers:
         raise ConfigError(
             f"rollout.steering moves hidden states through hooks, which do not reach the engine {engine}. Use "

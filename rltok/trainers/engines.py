@@ -16,10 +16,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 from trl import GRPOConfig
 
 from rltok.config import ConfigError
+from rltok.kv import attach
 from rltok.rollout import RolloutConfig
 from rltok.sampling import RolloutProcessor, SampledLogps, sampling_control
 from rltok.sampling.serial import encode
@@ -54,6 +56,8 @@ def check_built(trainer: DoorTrainer) -> None:
     if rollout.steering is not None and rollout.steers:
         with rollout.steering.attach(trainer._causal_lm):
             pass
+    if trainer._sampler_cache is not None:
+        trainer._sampler_cache.check(trainer)
     if trainer._fast is not None:
         check_servable(trainer)
     context, engine = trainer._decoding_context(), engine_of(trainer.args, trainer.doors.rollout)
@@ -117,13 +121,26 @@ def steered_rollout(trainer: DoorTrainer) -> AbstractContextManager[Steering | N
 
 
 @contextmanager
+def policed(trainer: DoorTrainer, model: Any) -> Iterator[None]:
+    """Around transformers' generate: the cache keeps what `rollout.kv` keeps, and its size is logged."""
+    policy = trainer._kv_policy
+    if policy is None:
+        yield
+        return
+    with attach(model, policy) as handle:
+        yield
+    peak = torch.tensor([handle.stats["peak_cache_bytes"]], device=trainer.accelerator.device)
+    trainer._metrics["train"]["rollout/peak_cache_bytes"].append(float(trainer._reducer.max(peak)))
+
+
+@contextmanager
 def controlled(trainer: DoorTrainer, processors: Sequence[RolloutProcessor], record: bool) -> Iterator[Finish]:
     """One generation of TRL's with our processors; yields what turns its result into recorded log-probabilities."""
     engine = engine_of(trainer.args, trainer.doors.rollout)
     model = trainer.accelerator.unwrap_model(trainer.model)
     if engine == "transformers":
         recorder = SampledLogps() if record else None
-        with sampling_control(model, processors, recorder):
+        with sampling_control(model, processors, recorder), policed(trainer, model):
             yield lambda ids, logps: logps if recorder is None else recorder.finish(ids)
     elif engine == "continuous_batching":
         from rltok.sampling.continuous import continuous_control

@@ -24,6 +24,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from rltok.config import ConfigError
 from rltok.fast import LoopMetrics, LoopProgress, LoopResult, LoopSettings, generate_rows, row_key, servable_model
+from rltok.kv import policy_cache
 from rltok.rollout import FastConfig
 from rltok.sampling import RolloutProcessor
 
@@ -81,6 +82,7 @@ class FastEngine:
         """One completion of every prompt of this rank, or the next turn of those that called a tool."""
         trainer = self.trainer
         rows = self._first_rows(prompts) if self._turn == 0 else self._same_rows(prompts)
+        policy = trainer._kv_policy
         keys = [row.key if self._turn == 0 else row_key(row.key, self._turn, "turn", 0) for row in rows]
         with (
             profiling_context(trainer, "fast.generate_rows"),
@@ -91,6 +93,7 @@ class FastEngine:
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             ) as model,
             self._progress(len(prompts)) as on_progress,
+            policy_cache(model, policy) as cache,
         ):
             result = generate_rows(
                 model,
@@ -101,6 +104,7 @@ class FastEngine:
                 record,
                 tokenizer=trainer._tokenizer,
                 on_progress=on_progress,
+                cache=cache,
             )
         for row, prompt, ids in zip(rows, prompts, result.ids, strict=True):
             row.history = [*prompt, *ids]

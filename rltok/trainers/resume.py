@@ -134,6 +134,7 @@ class ExactResume(DoorTrainer):
             "rollout": vars(self._rollout),
             "samples": None if self._recorder is None else self._recorder.state(),
             "rollouts": None if self._fast is None else self._fast.rollouts,
+            "kv_budget": None if self._sampler_cache is None else self._sampler_cache.budget,
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -171,6 +172,8 @@ class ExactResume(DoorTrainer):
             self._recorder.load(state["samples"])
         if self._fast is not None and state["rollouts"] is not None:
             self._fast.rollouts = state["rollouts"]
+        if self._sampler_cache is not None and state.get("kv_budget") is not None:
+            self._sampler_cache.budget = state["kv_budget"]
 
 
 def _loadable(device: torch.device) -> str:
