@@ -71,6 +71,11 @@ def test_a_small_budget_samples_another_policy_and_says_so(tmp_path, engine):
     assert entry["correction/agreement_p5"] <= entry["correction/ratio_p5"]
     assert entry["correction/max_abs_diff"] > 0.1 and 0 < entry["correction/ess"] < 1
     assert entry["rollout/peak_cache_bytes"] > 0
+    rows = [
+        len(prompt) + len(ids) for _, prompts, found in kept.sampled for prompt, ids in zip(prompts, found, strict=True)
+    ]
+    share = sum(min(4, length) for length in rows) / sum(rows)
+    assert entry["kv/kept_share"] == pytest.approx(share)
     assert not any(key.startswith("correction") for entry in dense.state.log_history for key in entry)
 
 

@@ -492,7 +492,7 @@ class CreditTrainer(
         for name, value in values.items():
             self._metrics[mode][f"correction/{name}"].append(value)
         if self._sampler_cache is not None:
-            for name, found in self._sampler_cache.after_rollout(values, self.accelerator.is_main_process).items():
+            for name, found in self._sampler_cache.after_rollout(self, output, values).items():
                 self._metrics[mode][f"kv/{name}"].append(found)
         if values["weight_ess"] < config.min_ess and not self._warned_of_ess:
             self._warned_of_ess = True
