@@ -47,7 +47,6 @@ from rltok.report import SampleConfig
 from rltok.rollout import RolloutConfig
 from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor
 from rltok.selection import SelectionMethod
-from rltok.trainers.attention_pattern import PatternedAttention
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
@@ -74,7 +73,7 @@ logger = logging.getLogger(__name__)
 
 
 class CreditTrainer(
-    PatternedAttention, GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
+    GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
 ):
     """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
 
