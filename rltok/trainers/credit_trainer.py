@@ -480,7 +480,7 @@ class CreditTrainer(
             return
         mask = loss_mask(output)
         config = self.doors.rollout.resolved_correction
-        weights = rollout_weights(logps, self._sampler_logps(output, logps), mask, config, self._reducer)
+        weights = rollout_weights(logps, output["sampling_per_token_logps"], mask, config, self._reducer)
         output["importance_sampling_ratio"] = weights.weight.to(logps.dtype)
         if not torch.equal(weights.loss_mask, mask):
             output["tool_mask"] = output.get("tool_mask", torch.ones_like(mask)) * weights.loss_mask
