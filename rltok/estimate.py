@@ -6,7 +6,7 @@ import tempfile
 from typing import TYPE_CHECKING
 
 from rltok.config import ConfigError, build_typed
-from rltok.models import Size, measure
+from rltok.models import Size, load_model_config, measure
 
 if TYPE_CHECKING:
     from rltok.recipe import Recipe
@@ -82,6 +82,8 @@ def _sampler(recipe: Recipe, args: CreditConfig) -> list[str]:
         if not m.is_neutral
     ]
     names += ["steering"] if rollout.steers else []
+    if rollout.kv is not None:
+        names.append(f"cache policy {(recipe.rollout or {})['kv']['policy']}")
     weights = rollout.resolved_correction
     low, high = weights.bounds
     correction = "none" if weights.mode == "off" else f"{weights.mode} {weights.level} weights to [{low:g}, {high:g}]"
@@ -116,7 +118,9 @@ def _memory_lines(size: Size, recipe: Recipe, args: CreditConfig) -> list[str]:
     gradients = size.trainable * BYTES[recipe.model.dtype]
     states = 2 * gradients
     reference = weights if args.beta > 0 and recipe.model.lora is None else 0
-    cache = size.kv_bytes_per_token * (args.max_completion_length or 0) * args.generation_batch_size
+    length = args.max_completion_length or 0
+    held = _held(recipe, length)
+    cache = size.kv_bytes_per_token * held * args.generation_batch_size
     total = weights + gradients + states + reference
     parts = f"weights {_gib(weights)}, gradients {_gib(gradients)}, Adam {_gib(states)}"
     if reference:
@@ -125,8 +129,23 @@ def _memory_lines(size: Size, recipe: Recipe, args: CreditConfig) -> list[str]:
         f"parameters: {size.parameters:,}, of which {size.trainable:,} are trained",
         f"memory per process, unsharded: {_gib(total)} ({parts}), plus activations of "
         f"{args.per_device_train_batch_size} completions",
-        f"key-value cache of one rollout on one process: at most {_gib(cache)}, plus the prompts",
+        f"key-value cache of one rollout on one process: at most {_gib(cache)}, plus the prompts"
+        + (" while they are computed" if held < length else ""),
     ]
+
+
+def _held(recipe: Recipe, length: int) -> float:
+    """Tokens that the cache holds of a completion of so many, mean over the layers."""
+    from rltok.fast.cache import layer_windows
+    from rltok.rollout import build_rollout
+
+    kv = build_rollout(recipe.rollout).kv
+    if kv is None or kv.policy.interval is None:
+        return length
+    policy, most = kv.at(None if kv.hold is None else kv.hold.most), kv.policy.interval
+    windows = layer_windows(load_model_config(recipe.model).get_text_config(decoder=True))
+    counts = [length if w is not None else min(length, policy.kept(i) + most) for i, w in enumerate(windows)]
+    return sum(counts) / len(counts)
 
 
 def _gib(count: float) -> str:
