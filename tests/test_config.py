@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 
-from rltok.config import ConfigError, build, build_typed, describe, first_line, suggestion, type_name
+from rltok.config import ConfigError, build, build_typed, convert, describe, first_line, suggestion, type_name
 
 
 @dataclass(frozen=True)
@@ -146,3 +146,18 @@ def test_every_field_of_the_trainer_config_keeps_its_default() -> None:
             assert convert(hints(CreditConfig)[setting.name], value, setting.name) == setting.default
             checked += 1
     assert checked > 150
+
+
+@pytest.mark.parametrize(
+    ("hint", "value", "found"),
+    [
+        (Literal["auto", "off"], False, "off"),
+        (Literal["on", "off"], True, "on"),
+        (Literal["yes", "no"] | None, False, "no"),
+        (Literal["on", "off"] | bool, True, True),
+    ],
+)
+def test_a_word_that_yaml_reads_as_a_boolean_is_that_word(hint: Any, value: bool, found: Any) -> None:
+    assert convert(hint, value, "x") == found
+    with pytest.raises(ConfigError, match="x: False"):
+        convert(Literal["a", "b"], False, "x")

@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from tests_support import build_model, build_tokenizer, digit_dataset, even_reward, run_settings
 from transformers import BitsAndBytesConfig
+from typer.testing import CliRunner
 
+from rltok.cli import app
 from rltok.config import ConfigError
 from rltok.models import (
     LoraSettings,
@@ -20,6 +22,7 @@ from rltok.models import (
     QuantizationSettings,
     check_trainable,
     load_model,
+    load_model_config,
     load_tokenizer,
     peft_config,
     quantization_config,
@@ -206,6 +209,25 @@ def test_a_run_on_the_same_adapter_resumes_exactly(adapter: Path, tmp_path: Path
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-1"))
     for (name, a), b in zip(whole.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_the_configuration_of_an_adapter_is_that_of_the_weights_below_it(policy: Path, adapter: Path) -> None:
+    below = load_model_config(ModelConfig(str(policy)))
+    found = load_model_config(ModelConfig(str(adapter), config_overrides={"max_position_embeddings": 77}))
+    assert found.max_position_embeddings == 77
+    found.max_position_embeddings = below.max_position_embeddings
+    assert found.to_dict() == below.to_dict()
+
+
+@pytest.mark.parametrize("way", ["merge", "continue"])
+def test_a_recipe_trains_from_the_directory_of_an_adapter(tmp_path: Path, way: str) -> None:
+    common = ["training.max_steps=1", "evaluation.before=false", "evaluation.after=false", "report.progress=off"]
+    runs = {"first": ["model.lora={r: 4}"]}
+    runs["second"] = [f"model.path={tmp_path / 'first' / 'checkpoint-1'}", f"model.adapter={way}"]
+    for name, changes in runs.items():
+        result = CliRunner().invoke(app, ["train", "smoke", f"output_dir={tmp_path / name}", *common, *changes])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "second" / "checkpoint-1" / ADAPTER).is_file() == (way == "continue")
 
 
 def test_settings_of_the_model_reach_what_lies_below_an_adapter(adapter: Path) -> None:
