@@ -491,6 +491,58 @@ def heads(
 
 
 @app.command()
+def sinks(
+    checkpoint: Probed,
+    completions: Annotated[Path | None, COMPLETIONS] = None,
+    text: Annotated[
+        Path | None, typer.Option("--text", metavar="FILE", help="Plain text, cut into rows of --tokens.")
+    ] = None,
+    rows: Annotated[int, typer.Option("--rows", "-n", help="Read at most so many rows.")] = 8,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Of a row at most; default 512, or the model's context.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", metavar="N,...", help="Decoder layers, from 0; default: all.")
+    ] = None,
+    check: Annotated[
+        int,
+        typer.Option(
+            "--check", metavar="N", help="Measure the loss without N heads that stand out, and without N active ones."
+        ),
+    ] = 0,
+    chat: AsChat = False,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write everything that was measured.")
+    ] = None,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", metavar="FILE", help="Draw heat maps, heads by layers, as PNG.")
+    ] = None,
+    dtype: WeightType = "float32",
+) -> None:
+    """Attention sinks and dormant heads of a model, and how many first tokens a streaming cache should keep.
+
+    Reads the completions or the text of a file; tiny-reasoner also completes problems of its own task.
+    """
+    from rltok.sinks import SinkOptions, run_sinks
+    from rltok.steer import parse_layers
+
+    options = SinkOptions(
+        checkpoint=checkpoint,
+        completions=completions,
+        text=text,
+        rows=rows,
+        tokens=tokens,
+        layers=None if layers is None else parse_layers(layers),
+        check=check,
+        chat=chat,
+        json=json_file,
+        picture=picture,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_sinks(options, console))
+
+
+@app.command()
 def steer(
     checkpoint: Probed,
     triples: Annotated[
@@ -548,10 +600,99 @@ def steer(
 
 
 @app.command()
+def profile(
+    policy: Annotated[str, typer.Argument(metavar="POLICY", help="compress_kv or razor_attention.")],
+    checkpoint: Probed,
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The JSON file to write.")],
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--texts",
+            metavar="FILE",
+            help="compress_kv: JSON lines or Parquet, column text, or prompt and completion; repeatable, each file is "
+            "a data set. tiny-reasoner needs none.",
+        ),
+    ] = None,
+    rows: Annotated[int | None, typer.Option("--rows", "-n", help="Read only the first rows of each file.")] = None,
+    samples: Annotated[
+        int | None, typer.Option("--samples", help="compress_kv: needles per data set; default 16.")
+    ] = None,
+    length: Annotated[
+        int | None,
+        typer.Option("--length", help="compress_kv: tokens of a prompt; default 2048, or what the model has room for."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option("--max-new-tokens", help="compress_kv: longest answer; default 50.")
+    ] = None,
+    heads: Annotated[
+        int | None, typer.Option("--heads", help="compress_kv: query heads of a layer that choose; default 4.")
+    ] = None,
+    error_budget: Annotated[
+        int | None,
+        typer.Option("--error-budget", help="compress_kv: tokens of the cache whose error is measured; default 32."),
+    ] = None,
+    recall: Annotated[
+        float | None,
+        typer.Option("--recall", help="compress_kv: an answer counts above this share of the needle; default 0.5."),
+    ] = None,
+    teacher_forced: Annotated[
+        bool,
+        typer.Option(
+            "--teacher-forced",
+            help="compress_kv: take the needle as the answer, for a model too weak to repeat it (not of the paper).",
+        ),
+    ] = False,
+    question: Annotated[
+        str | None,
+        typer.Option(
+            "--question", metavar="TEXT", help="compress_kv: stands between the texts and the needle's start."
+        ),
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="compress_kv: texts and question are the user message of the chat template.")
+    ] = False,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help="razor_attention: random tokens; default 2500, or what the model has room for."),
+    ] = None,
+    copies: Annotated[
+        int | None, typer.Option("--copies", help="razor_attention: times they are repeated; default 4.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of needles and texts, or of random tokens.")] = 0,
+    dtype: WeightType = "float32",
+) -> None:
+    """What a cache policy needs to know of a model, measured once: a JSON table that rollout.kv.table names."""
+    from rltok.kv_profile import ProfileOptions, run_profile
+
+    options = ProfileOptions(
+        policy=policy,
+        checkpoint=checkpoint,
+        out=out,
+        texts=tuple(texts or ()),
+        rows=rows,
+        samples=samples,
+        length=length,
+        max_new_tokens=max_new_tokens,
+        heads=heads,
+        error_budget=error_budget,
+        recall=recall,
+        teacher_forced=teacher_forced,
+        question=question,
+        chat=chat,
+        tokens=tokens,
+        copies=copies,
+        seed=seed,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_profile(options, console))
+
+
+@app.command()
 def methods() -> None:
     """Every method of the four doors and every reward, with options and defaults."""
     from rltok.correction import CorrectionConfig
     from rltok.credit import CREDIT
+    from rltok.kv import POLICIES, HoldConfig, KVConfig
     from rltok.objective import OBJECTIVE
     from rltok.rewards import REWARDS
     from rltok.rollout import DynamicSamplingConfig, RolloutConfig
@@ -565,6 +706,7 @@ def methods() -> None:
         "selection: {type: ...}": SELECTION,
         "objective: {type: ...}": OBJECTIVE,
         "rollout.decoding: [{type: ...}]": DECODING,
+        "rollout.kv: {policy: ..., budget: ...}": POLICIES,
         "rewards.<name>.function": REWARDS,
     }
     for title, registry in doors.items():
@@ -576,6 +718,8 @@ def methods() -> None:
             table.add_row(name, Text(first_line(cls)), Text(_options(cls)))
         console.print(table)
     sections = {
+        "kv": KVConfig,
+        "kv.hold": HoldConfig,
         "steering": SteeringConfig,
         "correction": CorrectionConfig,
         "dynamic_sampling": DynamicSamplingConfig,
@@ -583,7 +727,7 @@ def methods() -> None:
     }
     console.print(Text(f"rollout: {_options(RolloutConfig, skip=('decoding', *sections))}"))
     for name, cls in sections.items():
-        console.print(Text(f"rollout.{name}: {_options(cls)}"))
+        console.print(Text(f"rollout.{name}: {_options(cls, skip=('policy', 'hold'))}"))
     console.print("training: every field of TRL's GRPOConfig, such as loss_type, epsilon, epsilon_high, delta")
 
 

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rltok.config import ConfigError
+from rltok.config import ConfigError, build_typed
 
 if TYPE_CHECKING:
     from peft import LoraConfig
@@ -90,6 +90,8 @@ class ModelConfig:
     """keep the weights below an adapter in 4 or 8 bits"""
     config_overrides: dict[str, Any] = field(default_factory=dict)
     """fields of the model's own configuration to change, such as rope_parameters"""
+    attention_pattern: dict[str, Any] | None = None
+    """which keys the learner sees in long rows, such as {type: sink_lora, groups: 4}; None: all, as the sampler does"""
 
     def __post_init__(self) -> None:
         trains_adapter = self.lora is not None or self.adapter == "continue"
@@ -111,6 +113,22 @@ class ModelConfig:
                 "eager, sdpa or flash_attention_2, or set model.trust_remote_code=true",
                 "model.attn_implementation",
             )
+        if self.attention_pattern is not None:
+            object.__setattr__(self, "attention_pattern", _filled_pattern(self.attention_pattern))
+            if self.attn_implementation not in (None, "sdpa"):
+                raise ConfigError(
+                    f"model.attention_pattern: {self.attn_implementation!r} cannot run a pattern; set "
+                    "model.attn_implementation=sdpa",
+                    "model.attn_implementation",
+                )
+
+
+def _filled_pattern(section: Any) -> dict[str, Any]:
+    """The section `model.attention_pattern`, checked and with the defaults filled in."""
+    from rltok.attention.sink_lora import PATTERNS  # only here: it imports torch and transformers
+
+    values = {key: value for key, value in section.items() if value is not None or key == "type"}
+    return {"type": values.get("type"), **asdict(build_typed(PATTERNS, values, "model.attention_pattern"))}
 
 
 def resolve_path(path: str) -> str:
@@ -155,9 +173,13 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 def load_model_config(config: ModelConfig) -> PretrainedConfig:
-    """The model's own configuration (a small file), with `model.config_overrides` applied."""
+    """The model's own configuration (a small file), with `model.config_overrides` applied; of an adapter's directory,
+    that of the weights below it."""
     from transformers import AutoConfig
 
+    path = resolve_path(config.path)
+    if is_adapter(path):
+        config = _weights_below(config, path)
     try:
         found = AutoConfig.from_pretrained(
             resolve_path(config.path), revision=config.revision, trust_remote_code=config.trust_remote_code
@@ -227,19 +249,11 @@ def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
 
 def _load_adapter(config: ModelConfig, path: str) -> Any:
     """The adapter of a directory with the weights below it, merged or beside them."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
     refuse_pickled_weights(path)
-    about = PeftConfig.from_pretrained(path)
-    base = about.base_model_name_or_path
-    if not base:
-        raise ConfigError(
-            f"model.path: adapter_config.json in {path!r} does not say which model the adapter belongs to; add "
-            "base_model_name_or_path to it",
-            "model.path",
-        )
-    below = _below(config, base, about.revision)
-    model = _load_weights(below, resolve_path(base))
+    below = _weights_below(config, path)
+    model = _load_weights(below, resolve_path(below.path))
     if (Path(path) / "tokenizer_config.json").is_file():
         tokens = len(load_tokenizer(config))
         if tokens > model.get_input_embeddings().weight.shape[0]:
@@ -251,15 +265,25 @@ def _load_adapter(config: ModelConfig, path: str) -> Any:
     return merged.requires_grad_(True)  # peft froze the weights below the adapter
 
 
-def _below(config: ModelConfig, base: str, revision: str | None) -> ModelConfig:
-    """How the weights below an adapter are loaded: as the policy, from another place."""
+def _weights_below(config: ModelConfig, path: str) -> ModelConfig:
+    """How the weights below an adapter are loaded: as the policy, from the place that the adapter names."""
+    from peft import PeftConfig
+
+    about = PeftConfig.from_pretrained(path)
+    base = about.base_model_name_or_path
+    if not base:
+        raise ConfigError(
+            f"model.path: adapter_config.json in {path!r} does not say which model the adapter belongs to; add "
+            "base_model_name_or_path to it",
+            "model.path",
+        )
     if is_adapter(resolve_path(base)):
         raise ConfigError(
             f"model.path: the adapter at {config.path!r} belongs to {base!r}, which is an adapter itself; merge that "
             "one and save it as a whole model first",
             "model.path",
         )
-    return replace(config, path=base, revision=revision)
+    return replace(config, path=base, revision=about.revision)
 
 
 def check_trainable(config: ModelConfig) -> None:

@@ -218,6 +218,7 @@ def _train(
         train_dataset=splits.train,
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model.lora),
+        attention_pattern=recipe.model.attention_pattern,
         callbacks=[metrics, TrackRecipe(recipe)],
     )
     check_strategy(recipe.launch, trainer.accelerator)

@@ -1,8 +1,8 @@
 """The thin wrapper around the attention function in use, and attention weights of a few queries.
 
-A `PolicyLayer` marks the keys that it hands to the model. The wrapper finds the mark, puts the layer's own mask in
-place of the model's, calls the function, lets the layer see the queries, and lets it cut itself. Keys without a mark
-pass through untouched: training, other models, sliding-window layers.
+A `PolicyLayer` marks the keys that it hands to the model. The wrapper finds the mark, lets the layer call the function
+with its own mask in place of the model's, lets it see the queries, and lets it cut itself. Keys without a mark pass
+through untouched: training, other models, sliding-window layers.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def watched_attention(model: Any) -> Iterator[None]:
         layer = getattr(key, MARK, None)
         if layer is None:
             return original(module, query, key, value, attention_mask, *args, **kwargs)
-        mask = layer.mask(attention_mask, query, flash=name != "sdpa")
-        output = original(module, query, key, value, mask, *args, **kwargs)
+        flash = name != "sdpa"
+        output = layer.attend(original, module, query, key, value, attention_mask, flash, args, kwargs)
         with torch.no_grad():
             layer.after_attention(query, kwargs.get("scaling") or query.size(-1) ** -0.5)
         return output
@@ -68,13 +68,13 @@ def watched_attention(model: Any) -> Iterator[None]:
             ALL_ATTENTION_FUNCTIONS[name] = original
 
 
-def grouped_weights(queries: Tensor, keys: Tensor, visible: Tensor, scaling: float) -> Tensor:
+def grouped_weights(queries: Tensor, keys: Tensor, visible: Tensor | None, scaling: float) -> Tensor:
     """softmax(scaling q k) over visible keys, in float32; rows that see nothing are 0.
 
     Args:
         queries: (B, H, q, D).
         keys: (B, Hkv, S, D); query heads h G .. h G + G - 1 share key head h.
-        visible: (B, 1 or Hkv, q, S) bool.
+        visible: (B, 1 or Hkv, q, S) bool; None: all.
 
     Returns:
         (B, Hkv, G, q, S).
@@ -84,6 +84,8 @@ def grouped_weights(queries: Tensor, keys: Tensor, visible: Tensor, scaling: flo
     packed = queries.reshape(rows, keys.size(1), groups * count, size).float()
     logits = (packed @ keys.float().transpose(-1, -2)) * scaling
     logits = logits.view(rows, keys.size(1), groups, count, -1)
+    if visible is None:
+        return logits.softmax(-1)
     seen = visible[:, :, None]
     weights = logits.masked_fill(~seen, -torch.inf).softmax(-1)
     return weights.masked_fill(~seen.any(-1, keepdim=True), 0.0)

@@ -1,7 +1,7 @@
 """A cache whose full-attention layers keep what a policy keeps.
 
 It is transformers' Cache for the model and `rltok.fast.RowCache` for the loop. Sliding-window layers are not the
-policy's: they hold their window as `BlockLayer`s do.
+policy's: they hold their window as `BlockLayer`s do, and so do layers that the policy leaves dense.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache
 from rltok.fast.cache import BlockLayer, Entry, KeysValues, Size, layer_windows
 from rltok.kv.layer import PolicyLayer
 from rltok.kv.policy import KVPolicy
+from rltok.kv.rotary import place_in_cache
 from rltok.kv.slots import Rows, Slots
 
 
@@ -29,7 +30,8 @@ class PolicyCache(Cache):
         in_parts: a prompt comes in several forward passes; `of_row` says that it is complete.
 
     Raises:
-        ValueError: a layer that keeps something else than keys and values, or no layer with full attention.
+        ValueError: a layer that keeps something else than keys and values, no layer with full attention, or a model
+            that the policy's options do not fit.
     """
 
     layers: list[PolicyLayer | BlockLayer]  # type: ignore[assignment]
@@ -41,22 +43,33 @@ class PolicyCache(Cache):
         self.of = Rows(rows, in_parts)
         self.slots: dict[int, Slots] = {}
         config = config.get_text_config(decoder=True)
-        made: list[PolicyLayer | BlockLayer] = []
-        for index, window in enumerate(layer_windows(config)):
-            if window is not None:
-                made.append(BlockLayer(rows, block, window, self.size))
-                continue
-            budget = policy.kept(index)
-            slots = self.slots.setdefault(budget, Slots(budget, policy.interval, self.of))
-            made.append(PolicyLayer(index, policy, slots, block, self.size))
-        self.kept = [layer for layer in made if isinstance(layer, PolicyLayer)]
-        """the layers under the policy"""
-        if not self.kept:
+        windows = layer_windows(config)
+        if None not in windows:
             raise ValueError(
                 f"{config.model_type!r} has sliding-window layers alone: a cache policy has nothing to do; remove it"
             )
+        policy.check_model(config)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        made: list[PolicyLayer | BlockLayer] = []
+        for index, window in enumerate(windows):
+            layer = None if window is not None else self._policy_layer(index, heads, block)
+            made.append(BlockLayer(rows, block, window, self.size) if layer is None else layer)
+        self.kept = [layer for layer in made if isinstance(layer, PolicyLayer)]
+        """the layers under the policy"""
+        if policy.positions == "cache":
+            place_in_cache(self.kept, config)
         self._first = 0
         super().__init__(layers=made)
+
+    def _policy_layer(self, index: int, heads: int, block: int) -> PolicyLayer | None:
+        budget = self.policy.kept(index)
+        slots = self.slots.get(budget)
+        if slots is None:
+            slots = Slots(budget, self.policy.interval, self.of, self.policy.kept_by_length(index))
+        layer = self.policy.make_layer(index, heads, slots, block, self.size)
+        if layer is not None:
+            self.slots[budget] = slots
+        return layer
 
     # ---- for the model
 
@@ -116,7 +129,7 @@ class PolicyCache(Cache):
             for layer in self.kept:
                 layer.finish_prompt()
             self._prompt_done()
-        return [layer.of_row(row, length if isinstance(layer, BlockLayer) else 0) for layer in self.layers]
+        return [layer.of_row(row, length) for layer in self.layers]
 
     def insert(self, entries: Sequence[Entry], copies: Sequence[int], seen: int, lengths: Sequence[int]) -> None:
         """New rows behind the others, so many copies of each entry, whose rows have so many tokens."""
@@ -156,8 +169,7 @@ class PolicyCache(Cache):
         """The batch has so many columns from now on."""
         self.of.seen = seen
         for layer in self.layers:
-            if isinstance(layer, BlockLayer):
-                layer.trim(seen)
+            layer.trim(seen)
 
     def reserve(self, rows: int) -> None:
         """Places to hold free for rows to come."""

@@ -17,6 +17,7 @@ from rltok.kv.compress_kv import CompressKV
 from rltok.kv.h2o import H2O
 from rltok.kv.policy import KVPolicy
 from rltok.kv.r_kv import RKV
+from rltok.kv.razor_attention import RazorAttention
 from rltok.kv.snap_kv import SnapKV
 from rltok.kv.streaming_llm import StreamingLLM
 
@@ -26,6 +27,7 @@ POLICIES: dict[str, type[KVPolicy]] = {
     "snap_kv": SnapKV,
     "r_kv": RKV,
     "compress_kv": CompressKV,
+    "razor_attention": RazorAttention,
 }
 """name in a recipe -> policy"""
 

@@ -10,16 +10,17 @@ generated a multiple of `interval` tokens and holds more than the budget: a matt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from rltok.fast.cache import BlockLayer, KeysValues, Size
 from rltok.kv.attention import MARK, grouped_weights
 from rltok.kv.policy import KVPolicy, LayerView
+from rltok.kv.rotary import moves, rotate_keys
 from rltok.kv.slots import Slots
 
 PROMPT_QUERIES = 256
@@ -46,10 +47,15 @@ class PolicyLayer(CacheLayerMixin):
         self.tracks: dict[str, Tensor] = {}
         """(places, Hkv, columns[, D]) keys, values, positions and, if the policy asks, score"""
         self.queries: Tensor | None = None
-        """(rows, H, w, D) newest queries"""
+        """(places, H, w, D) newest queries, in a ring once tokens are generated"""
+        self.oldest = 0
+        """where the ring begins, and the next query goes"""
         self.start = self.end = 0
         self.reserve = 0
         self.scaling = 1.0
+        self._ones: Tensor | None = None
+        self.inv_freq: Tensor | None = None
+        """frequencies of the keys, where kept ones move up"""
 
     # ---- what transformers asks
 
@@ -93,7 +99,39 @@ class PolicyLayer(CacheLayerMixin):
 
     def mask(self, given: Any, query: Tensor, flash: bool) -> Any:
         """The attention mask of this call; `given` is transformers' own, which is right while a prompt is computed."""
-        return given if self.slots.in_prompt else self.slots.mask(query.size(2), flash, query.device)
+        if self.slots.in_prompt:
+            return given
+        mask: Tensor | None = self.slots.mask(query.size(2), flash, query.device)
+        if mask is None and not flash and query.size(2) == 1 and query.device.type == "cpu" and self._has_forgotten:
+            # transformers packs grouped query heads where there is a mask, a third faster than what it does without
+            return self._all_visible(self.end - self.start, query.device)
+        return mask
+
+    def _all_visible(self, width: int, device: torch.device) -> Tensor:
+        """(1, 1, 1, width) True."""
+        if self._ones is None or self._ones.size(3) < width:
+            self._ones = torch.ones(1, 1, 1, width + self.block, dtype=torch.bool, device=device)
+        return self._ones[..., :width]
+
+    @property
+    def _has_forgotten(self) -> bool:
+        """A row holds fewer slots than it has tokens, so that bits need not be those of a dense cache."""
+        return max(self.slots.of.lengths, default=0) > self.slots.width
+
+    def attend(
+        self,
+        attention: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        given: Any,
+        flash: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Call the attention function in use on what `update` returned, under this layer's mask."""
+        return attention(module, query, key, value, self.mask(given, query, flash), *args, **kwargs)
 
     def after_attention(self, query: Tensor, scaling: float) -> None:
         """Watch (B, H, q, D) queries, then cut what is due."""
@@ -115,7 +153,7 @@ class PolicyLayer(CacheLayerMixin):
         if self.policy.watched:
             before = self.queries
             joined = query if before is None else torch.cat([before, query], 2)
-            self.queries = joined[:, :, -self.policy.watched :].clone()
+            self._hold_queries(joined[:, :, -self.policy.watched :].clone())
         if not self.policy.accumulates:
             return
         assert self.prompt is not None
@@ -129,9 +167,10 @@ class PolicyLayer(CacheLayerMixin):
             score[:, :, :first] = self.prompt_score
         for start in range(0, query.size(2), PROMPT_QUERIES):
             part = query[:, :, start : start + PROMPT_QUERIES]
-            at = first + start + torch.arange(part.size(2), device=keys.device)
-            visible = real[:, None, :] & (column <= at[:, None]) & real[:, at][:, :, None]
-            score += grouped_weights(part, keys, visible[:, None], self.scaling).mean(2).sum(2)
+            at = slice(first + start, first + start + part.size(2))
+            seen = slice(at.stop)
+            visible = real[:, None, seen] & (column[seen] <= column[at, None]) & real[:, at, None]
+            score[:, :, seen] += grouped_weights(part, keys[:, :, seen], visible[:, None], self.scaling).mean(2).sum(2)
         self.prompt_score = score
 
     def finish_prompt(self) -> None:
@@ -139,6 +178,8 @@ class PolicyLayer(CacheLayerMixin):
         assert self.prompt is not None
         keys, values = self.prompt.held()
         rows, heads, width, _ = keys.shape
+        if self.queries is not None and self.queries.size(2) < self.policy.watched:
+            self._hold_queries(pad_queries(self.queries, self.policy.watched))
         column = torch.arange(width, device=keys.device, dtype=torch.int32)
         number = column - self.slots.padding(keys.device)[:, None].to(torch.int32)
         number = number.clamp(min=-1)[:, None].expand(rows, heads, width)
@@ -176,8 +217,13 @@ class PolicyLayer(CacheLayerMixin):
         new = slice(self.end, self.end + count)
         self.tracks["keys"][:rows, :, new] = keys
         self.tracks["values"][:rows, :, new] = values
-        at = self.slots.lengths(keys.device)[:, None] - count + torch.arange(count, device=keys.device)
-        self.tracks["positions"][:rows, :, new] = at[:, None].to(torch.int32)
+        # the newest token of every row is in the last column, so nothing is asked of the host
+        positions = self.tracks["positions"][:rows]
+        last, added = positions[:, :, self.end - 1 : self.end], positions[:, :, new]
+        if count == 1:
+            torch.add(last, 1, out=added)
+        else:
+            added[:] = last + torch.arange(1, count + 1, device=keys.device)
         if "score" in self.tracks:
             self.tracks["score"][:rows, :, new] = 0.0
         self.end += count
@@ -187,16 +233,39 @@ class PolicyLayer(CacheLayerMixin):
 
     def _watch(self, query: Tensor) -> None:
         if self.policy.watched:
-            assert self.queries is not None
-            self.queries = torch.cat([self.queries, query], 2)[:, :, -self.policy.watched :]
+            self._remember(query)
         if self.policy.accumulates:
-            view = self._view(None)
-            count = query.size(2)
-            at = view.lengths[:, None] - count + torch.arange(count, device=query.device)
-            visible = (view.positions[:, :, None] <= at[:, None, :, None]) & view.filled[:, :, None]
-            weights = grouped_weights(query, view.keys, visible, self.scaling)
             used = (slice(self.slots.rows), slice(None), slice(self.start, self.end))
+            visible = self.slots.mask(query.size(2), False, query.device)
+            weights = grouped_weights(query, self.tracks["keys"][used], visible, self.scaling)
             self.tracks["score"][used] += weights.mean(2).sum(2)
+
+    def _remember(self, query: Tensor) -> None:
+        """Put (B, H, q, D) queries over the oldest of the ring."""
+        assert self.queries is not None
+        window, rows = self.policy.watched, self.slots.rows
+        query = query[:, :, -window:]
+        count = query.size(2)
+        behind = min(count, window - self.oldest)
+        self.queries[:rows, :, self.oldest : self.oldest + behind] = query[:, :, :behind]
+        if behind < count:
+            self.queries[:rows, :, : count - behind] = query[:, :, behind:]
+        self.oldest = (self.oldest + count) % window
+
+    def _newest(self, rows: int | slice) -> Tensor | None:
+        """Newest queries of a row or of some, in their order."""
+        if self.queries is None:
+            return None
+        ring = self.queries[rows]
+        return ring if not self.oldest else torch.cat([ring[..., self.oldest :, :], ring[..., : self.oldest, :]], -2)
+
+    def _hold_queries(self, queries: Tensor) -> None:
+        """Newest queries in their order, in a tensor of their own."""
+        if self.queries is not None:
+            self.size.replaced(self.queries, queries)
+        else:
+            self.size.now += queries.nbytes
+        self.queries, self.oldest = queries, 0
 
     def _held(self) -> dict[str, Tensor]:
         used = (slice(self.slots.rows), slice(None), slice(self.start, self.end))
@@ -206,6 +275,7 @@ class PolicyLayer(CacheLayerMixin):
         """What the policy sees of some rows, None: of all."""
         held = self._held() if held is None else held
         device = held["keys"].device
+        queries = self._newest(slice(self.slots.rows))
 
         def of(values: Tensor) -> Tensor:
             return values if index is None else values[index]
@@ -220,7 +290,7 @@ class PolicyLayer(CacheLayerMixin):
             lengths=of(self.slots.lengths(device)),
             scaling=self.scaling,
             score=of(held["score"]) if "score" in held else None,
-            queries=None if self.queries is None else of(self.queries),
+            queries=None if queries is None else of(queries),
         )
 
     def _chosen(self, held: dict[str, Tensor], index: Tensor | None) -> dict[str, Tensor]:
@@ -232,7 +302,16 @@ class PolicyLayer(CacheLayerMixin):
             at = kept if rows.dim() == 3 else kept[..., None].expand(-1, -1, -1, rows.size(3))
             return rows.gather(2, at)
 
-        return {name: take(track) for name, track in held.items()}
+        chosen = {name: take(track) for name, track in held.items()}
+        chosen["keys"] = self._moved(chosen["keys"], kept, held["keys"].size(2))
+        return chosen
+
+    def _moved(self, keys: Tensor, kept: Tensor, width: int) -> Tensor:
+        """Kept keys at the positions of the last slots, where the policy asks for it; `rotary.py` says why."""
+        if self.inv_freq is None:
+            return keys
+        self.inv_freq = self.inv_freq.to(keys.device)
+        return rotate_keys(keys, moves(kept, width), self.inv_freq)
 
     def _cut_in(self, held: dict[str, Tensor], rows: Sequence[int]) -> None:
         """Cut some rows of (B, Hkv, S[, D]) tracks in place, to their right end."""
@@ -263,7 +342,8 @@ class PolicyLayer(CacheLayerMixin):
         """Views of what is held of a row: its tracks, and its newest queries."""
         count = self.slots.count(row)
         held = [self.tracks[name][row, :, self.end - count : self.end] for name in self._names]
-        return (*held, self.queries[row]) if self.queries is not None else tuple(held)
+        queries = self._newest(row)
+        return tuple(held) if queries is None else (*held, queries)
 
     @property
     def _names(self) -> list[str]:
@@ -289,8 +369,21 @@ class PolicyLayer(CacheLayerMixin):
             place += count
         if self.policy.watched:
             new = [entry[-1].expand(count, *entry[-1].shape) for entry, count in zip(entries, copies, strict=True)]
-            wide = [pad_queries(part, self.policy.watched) for part in new]
-            self.queries = torch.cat(wide if self.queries is None else [self.queries, *wide])
+            self._add_queries(torch.cat([pad_queries(part, self.policy.watched) for part in new]), first)
+
+    def _add_queries(self, new: Tensor, first: int) -> None:
+        """Newest queries of new rows, from place `first` on."""
+        before = self._newest(slice(first))
+        if self.queries is None or self.queries.size(0) < first + new.size(0):
+            whole = new.new_zeros(max(first + new.size(0), self.reserve), *new.shape[1:])
+            if before is not None:
+                whole[:first] = before
+            self._hold_queries(whole)
+        elif before is not None and self.oldest:
+            self.queries[:first] = before
+            self.oldest = 0
+        assert self.queries is not None
+        self.queries[first : first + new.size(0)] = new
 
     def keep(self, moves: Sequence[tuple[int, int]], rows: int) -> None:
         """Copy row a into place b for every (a, b), then use the first `rows` places only."""
@@ -304,9 +397,10 @@ class PolicyLayer(CacheLayerMixin):
                 self.size.beside(moved.nbytes)
                 track[:, :, self.start : self.end].index_copy_(0, target, moved)
             if self.queries is not None:
-                self.queries = self.queries.index_copy(0, target, self.queries.index_select(0, source))
-        if self.queries is not None:
-            self.queries = self.queries[:rows]
+                self.queries.index_copy_(0, target, self.queries.index_select(0, source))
+
+    def trim(self, seen: int) -> None:
+        """The batch has so many columns from now on, of which the layer needs to know nothing."""
 
     def narrow(self) -> None:
         """Forget columns that no row uses."""

@@ -6,12 +6,17 @@ Slots are in the order of their tokens; a row that holds fewer than S has them a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from rltok.fast.cache import Size
+    from rltok.kv.layer import PolicyLayer
+    from rltok.kv.slots import Slots
 
 Positions = Literal["original", "cache"]
 POSITIONS: tuple[str, ...] = ("original", "cache")
@@ -90,13 +95,39 @@ class KVPolicy:
         """Options that keep `budget` tokens in a layer, beside the given ones."""
         raise ValueError(f"budget={budget} cannot be set for {cls.__name__}; set its own options")
 
+    def check_model(self, config: Any) -> None:
+        """Refuse a model, by its configuration, that the policy's own options do not fit."""
+
     def kept(self, layer: int) -> int:
         """Slots of a row that a layer keeps at a cut."""
         raise NotImplementedError
 
+    def kept_by_length(self, layer: int) -> Callable[[int], int] | None:
+        """Slots of a row with so many tokens, at least `kept`, where a longer row keeps more; None: always `kept`.
+
+        The same for layers of equal `kept`. Where there is one, `make_layer` must give a layer that can cut that way.
+        """
+        return None
+
     def select(self, view: LayerView) -> Tensor:
         """(B, Hkv, C) indices of the slots to keep, ascending."""
         raise NotImplementedError
+
+    def make_layer(self, index: int, heads: int, slots: Slots, block: int, size: Size) -> PolicyLayer | None:
+        """A layer of the model that keeps what this policy keeps; None: every token, the layer stays dense.
+
+        Args:
+            index: of the layer in the model.
+            heads: key-value heads.
+            slots: counts of the rows, shared by all layers of one budget.
+            block: columns by which buffers grow.
+            size: counts bytes.
+        """
+        from rltok.kv.layer import PolicyLayer  # which itself knows policies
+
+        if self.kept_by_length(index) is not None:
+            raise NotImplementedError(f"{type(self).__name__} keeps more of longer rows: override make_layer as well")
+        return PolicyLayer(index, self, slots, block, size)
 
 
 def best_slots(score: Tensor, protected: Tensor, filled: Tensor, count: int) -> Tensor:

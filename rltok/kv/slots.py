@@ -6,7 +6,7 @@ made once per step and shared by the layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,10 +43,19 @@ class Rows:
 
 
 class Slots:
-    """Slots of the rows in layers of one budget."""
+    """Slots of the rows in layers of one budget.
 
-    def __init__(self, budget: int, interval: int | None, rows: Rows) -> None:
-        self.budget, self.interval, self.of = budget, interval, rows
+    Args:
+        budget: slots of a row after a cut.
+        interval: generated tokens of a row between two cuts; None: prompts alone are cut.
+        rows: of the batch.
+        by_length: slots after a cut of a row with so many tokens, not fewer than `budget`; None: always `budget`.
+    """
+
+    def __init__(
+        self, budget: int, interval: int | None, rows: Rows, by_length: Callable[[int], int] | None = None
+    ) -> None:
+        self.least, self.interval, self.of, self.by_length = budget, interval, rows, by_length
         self.held: list[int] = []
         self.due: list[int] = []
         """rows that are cut in this forward pass"""
@@ -66,19 +75,19 @@ class Slots:
         self.due = [
             row
             for row, (count, generated) in enumerate(zip(self.held, self.of.generated, strict=True))
-            if generated % self.interval < columns and count > self.budget
+            if generated % self.interval < columns and count > self.budget_of(row)
         ]
 
     @property
     def width_after(self) -> int:
         """Width once what is due is cut."""
         due = set(self.due)
-        return max((self.budget if row in due else count for row, count in enumerate(self.held)), default=0)
+        return max((self.budget_of(row) if row in due else count for row, count in enumerate(self.held)), default=0)
 
     def settle(self) -> None:
         """A forward pass has ended: what was due is cut."""
         for row in self.due:
-            self.held[row] = self.budget
+            self.held[row] = self.budget_of(row)
         self.due = []
         self._made.clear()
 
@@ -88,7 +97,7 @@ class Slots:
 
     def prompt_done(self) -> None:
         """The prompts are complete and cut."""
-        self.held = [min(count, self.budget) for count in self.held]
+        self.held = [min(count, self.budget_of(row)) for row, count in enumerate(self.held)]
         self._made.clear()
 
     # ---- facts
@@ -114,9 +123,20 @@ class Slots:
         return self.of.in_prompt and not self.of.in_parts
 
     @property
+    def budget(self) -> int:
+        """Slots after a cut of the row that keeps most."""
+        if self.by_length is None:
+            return self.least
+        return max(map(self.budget_of, range(self.rows)), default=self.least)
+
+    def budget_of(self, row: int) -> int:
+        """Slots of a row after a cut."""
+        return self.least if self.by_length is None else self.by_length(self.of.lengths[row])
+
+    @property
     def over_budget(self) -> list[int]:
         """Rows that hold more than the budget."""
-        return [row for row, count in enumerate(self.held) if count > self.budget]
+        return [row for row, count in enumerate(self.held) if count > self.budget_of(row)]
 
     @property
     def width(self) -> int:
@@ -126,6 +146,10 @@ class Slots:
     def count(self, row: int) -> int:
         """Slots of one row."""
         return self.held[row]
+
+    def weight(self, row: int) -> int:
+        """Tokens that the slot of a row's merged ones stands for: 1 if it is an ordinary slot."""
+        return self.of.lengths[row] - self.held[row] + 1
 
     def counts(self, device: torch.device) -> Tensor:
         """(B,) slots of every row."""
@@ -155,8 +179,34 @@ class Slots:
             self._made[key] = filled if flash else filled[:, None, None] & (column <= at[:, None])
         return self._made[key]
 
+    @property
+    def has_merged(self) -> bool:
+        """A row holds fewer slots than it has tokens."""
+        return any(length > held for length, held in zip(self.of.lengths, self.held, strict=True))
+
+    def bias(self, queries: int, place: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """As `mask`, where the slot `place` of a row stands for itself and all tokens that the row does not hold.
+
+        (B, 1, queries, width) 0 where visible, log of the number of tokens at that slot, -inf elsewhere.
+        """
+        key = ("bias", queries, place, dtype)
+        if key not in self._made:
+            width = self.width
+            column = torch.arange(width, device=device)
+            at = torch.arange(width - queries, width, device=device)
+            first = width - self.counts(device)[:, None]
+            visible = (column >= first)[:, None] & (column <= at[:, None])  # (B, queries, width)
+            weights = self._tensor("weights", [self.weight(row) for row in range(self.rows)], device)
+            many = weights.to(torch.float64).log()
+            bias = torch.where(column == first + place, many[:, None], 0.0)[:, None].masked_fill(~visible, -torch.inf)
+            self._made[key] = bias[:, None].to(dtype)
+        return self._made[key]
+
     def _tensor(self, name: str, values: Sequence[int], device: torch.device) -> Tensor:
         key = (name, str(device))
         if key not in self._made:
-            self._made[key] = torch.tensor(values, device=device)
+            made = torch.tensor(values)
+            if device.type == "cuda":  # pinned, so that the host does not wait for the copy
+                made = made.pin_memory()
+            self._made[key] = made.to(device, non_blocking=True)
         return self._made[key]

@@ -47,6 +47,7 @@ from rltok.report import SampleConfig
 from rltok.rollout import RolloutConfig
 from rltok.sampling import AdaptiveTemperatureConfig, RolloutProcessor
 from rltok.selection import SelectionMethod
+from rltok.trainers.attention_pattern import PatternedAttention
 from rltok.trainers.config import CreditConfig
 from rltok.trainers.credit_table import CreditTable
 from rltok.trainers.distributed import AccelerateReducer, RaggedGather, gather_rows
@@ -73,7 +74,7 @@ logger = logging.getLogger(__name__)
 
 
 class CreditTrainer(
-    GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
+    PatternedAttention, GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
 ):
     """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
 
@@ -480,7 +481,7 @@ class CreditTrainer(
             return
         mask = loss_mask(output)
         config = self.doors.rollout.resolved_correction
-        weights = rollout_weights(logps, output["sampling_per_token_logps"], mask, config, self._reducer)
+        weights = rollout_weights(logps, self._sampler_logps(output, logps), mask, config, self._reducer)
         output["importance_sampling_ratio"] = weights.weight.to(logps.dtype)
         if not torch.equal(weights.loss_mask, mask):
             output["tool_mask"] = output.get("tool_mask", torch.ones_like(mask)) * weights.loss_mask
