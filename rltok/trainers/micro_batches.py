@@ -123,7 +123,7 @@ class BalancedUpdates(ComposedLoss):
         each = state.plugin_kwargs.get("sync_each_batch", False)
         if each or accelerator.distributed_type == DistributedType.DEEPSPEED:  # its engine goes by sync_gradients
             context = nullcontext
-        elif self.is_distributed_loading_by_transformers and is_fsdp_managed_module(self.model):
+        elif getattr(self, "is_distributed_loading_by_transformers", False) and is_fsdp_managed_module(self.model):
             context = self._defer_fsdp_gradient_reduction
         state._set_sync_gradients(False)
         try:
