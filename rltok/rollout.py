@@ -41,7 +41,8 @@ class FastConfig:
     """Completions computed at a time on each process, the others wait; null: a whole generation batch."""
     max_cache_tokens: int | None = None
     """Rows times columns of the key-value cache in use on each process, each row counted with its longest possible
-    completion; the others wait, and a row that is longer runs alone; null: no limit."""
+    completion (under a cache policy, with what is held of it); the others wait, and a row that is longer runs alone;
+    null: no limit."""
     prefill_chunk: int = LoopSettings.prefill_chunk
     """Prompt tokens of one forward pass; longer prompts take several."""
     compact_share: float = LoopSettings.compact_share

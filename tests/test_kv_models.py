@@ -159,6 +159,24 @@ def test_the_mask_of_flash_attention_names_filled_slots_alone() -> None:
     assert usual is not None and usual.shape == (2, 1, 1, 5) and torch.equal(usual[:, 0, 0], mask)
 
 
+def test_a_limit_of_cache_tokens_admits_more_rows_under_a_policy() -> None:
+    """Rows are counted with what the policy holds of them; their tokens stay the same."""
+    model, policy = build(), StreamingLLM(sink=1, recent=4, interval=3)
+    cache = PolicyCache(model.config, policy=policy)
+    assert cache.columns(13, 20) == 8 and cache.columns(3, 2) == 5
+    assert PolicyCache(model.config, policy=SnapKV(budget=6, window=2)).columns(13, 20) == 26
+    settings = LoopSettings(max_new_tokens=20, end_ids=(), temperature=0.0, max_cache_tokens=40)
+    passes: list[int] = []
+    hook = model.register_forward_hook(lambda *_: passes.append(1))
+    generate_rows(model, PROMPTS, None, settings)
+    dense, passes[:] = len(passes), []
+    with policy_cache(model, policy) as made:
+        kept = generate_rows(model, PROMPTS, None, settings, cache=made).ids
+    hook.remove()
+    assert len(passes) < dense / 2  # three rows together, not one after another
+    assert kept == loop(model, policy)
+
+
 def test_a_prompt_of_one_token_and_a_budget_below_the_sinks() -> None:
     model = build()
     policy = StreamingLLM(sink=4, recent=1, interval=1)

@@ -111,6 +111,11 @@ def test_the_recommended_correction_is_on_unless_another_is_set():
     assert build_rollout({"kv": SMALL, "correction": paper}).resolved_correction == CorrectionConfig(**paper)
 
 
+def test_training_without_correction_is_warned_about(tmp_path):
+    with pytest.warns(UserWarning, match=r"mode='off' with rollout\.kv"):
+        make(tmp_path, {"kv": SMALL, "correction": {"mode": "off"}})
+
+
 def test_rejected_completions_stay_in_the_group_and_leave_the_loss(tmp_path):
     class Kept(Sampled):
         def _generate_and_score_completions(self, inputs):

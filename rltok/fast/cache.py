@@ -70,6 +70,9 @@ class RowCache(Protocol):
     def take_peak(self) -> int:
         """Bytes: the largest size of all its tensors since the last call, with second copies made meanwhile."""
 
+    def columns(self, prompt: int, new: int) -> int:
+        """Tokens held at most of a row with so many prompt and so many generated tokens, mean over the layers."""
+
 
 class Size:
     """Bytes of buffers now, and at most."""
@@ -245,6 +248,10 @@ class BlockCache(Cache):
     def take_peak(self) -> int:
         """Bytes: the largest size of all buffers since the last call, with second copies made meanwhile."""
         return self.size.take_peak()
+
+    def columns(self, prompt: int, new: int) -> int:
+        """All tokens of a row."""
+        return prompt + new
 
     def of_row(self, row: int, length: int) -> Entry:
         """Views of a row's newest `length` tokens, layer by layer."""

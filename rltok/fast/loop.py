@@ -284,7 +284,8 @@ class _Loop:
             longest = (
                 max(len(row.prompt) for row in [*self.places, *self.waiting]) if self.places or self.waiting else 1
             )
-            wanted = min(wanted, self.settings.max_cache_tokens // (longest + self.settings.max_new_tokens))
+            columns = self.cache.columns(longest, self.settings.max_new_tokens)
+            wanted = min(wanted, self.settings.max_cache_tokens // columns)
         return max(rows, wanted)
 
     def _take(self) -> list[_Row]:
@@ -294,7 +295,7 @@ class _Loop:
         limit = self.settings.max_rows or len(self.rows)
         while self.waiting and len(self.places) + len(new) < limit:
             longest = max(longest, len(self.waiting[0].prompt))
-            needed = (len(self.places) + len(new) + 1) * (longest + self.settings.max_new_tokens)
+            needed = (len(self.places) + len(new) + 1) * self.cache.columns(longest, self.settings.max_new_tokens)
             full = self.settings.max_cache_tokens is not None and needed > self.settings.max_cache_tokens
             if full and (self.places or new):  # a row that is longer than the limit is computed alone
                 break

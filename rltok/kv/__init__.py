@@ -9,7 +9,7 @@ from rltok.kv.h2o import H2O, heavy_hitters
 from rltok.kv.policy import KVPolicy, LayerView
 from rltok.kv.r_kv import RKV, redundancy
 from rltok.kv.razor_attention import RazorAttention, compensated_attention, dropped_tokens
-from rltok.kv.razor_profile import razor_profile, retrieval_heads, retrieval_scores
+from rltok.kv.razor_profile import retrieval_heads, retrieval_scores
 from rltok.kv.rotary import rotate_keys
 from rltok.kv.snap_kv import SnapKV
 from rltok.kv.streaming_llm import StreamingLLM
@@ -38,7 +38,6 @@ __all__ = [
     "heavy_hitters",
     "kv_settings",
     "policy_cache",
-    "razor_profile",
     "redundancy",
     "retrieval_heads",
     "retrieval_scores",

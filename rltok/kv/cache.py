@@ -171,6 +171,11 @@ class PolicyCache(Cache):
         for layer in self.layers:
             layer.trim(seen)
 
+    def columns(self, prompt: int, new: int) -> int:
+        """Tokens held at most of a row with so many prompt and so many generated tokens, mean over the layers."""
+        dense = (len(self.layers) - len(self.kept)) * (prompt + new)
+        return -(-(dense + sum(layer.slots.most(prompt, new) for layer in self.kept)) // len(self.layers))
+
     def reserve(self, rows: int) -> None:
         """Places to hold free for rows to come."""
         for layer in self.layers:

@@ -131,7 +131,17 @@ class Slots:
 
     def budget_of(self, row: int) -> int:
         """Slots of a row after a cut."""
-        return self.least if self.by_length is None else self.by_length(self.of.lengths[row])
+        return self._after_cut(self.of.lengths[row])
+
+    def _after_cut(self, length: int) -> int:
+        return self.least if self.by_length is None else self.by_length(length)
+
+    def most(self, prompt: int, new: int) -> int:
+        """Slots of a row with so many prompt and so many generated tokens, at their most while it generates."""
+        total = prompt + new
+        if self.interval is None:
+            return min(prompt, self._after_cut(prompt)) + new
+        return min(total, self._after_cut(total) + self.interval)
 
     @property
     def over_budget(self) -> list[int]:

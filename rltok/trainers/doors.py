@@ -198,6 +198,13 @@ def _check_sampler(doors: Doors, args: GRPOConfig, has_rollout_func: bool) -> No
 def _check_correction(doors: Doors, args: GRPOConfig) -> None:
     correction = doors.rollout.resolved_correction
     if correction.mode == "off":
+        if doors.rollout.kv is not None:
+            warnings.warn(
+                "rollout.correction.mode='off' with rollout.kv trains on tokens of another policy as if the learner "
+                "had sampled them, and nothing measures how far the two are apart. Remove rollout.correction.mode to "
+                "correct.",
+                stacklevel=4,
+            )
         return
     if args.loss_type == "vespo" and correction.level != "token":
         raise ConfigError(
