@@ -29,6 +29,7 @@ from rltok.launch import LaunchConfig
 from rltok.models import TINY, ModelConfig
 from rltok.report.store import SampleConfig
 from rltok.secrets import redacted, refuse_secrets
+from rltok.sink_config import SinkConfig
 
 CONFIG_DIR = Path(__file__).parent / "configs"
 """Where the shipped recipes lie."""
@@ -135,6 +136,8 @@ class ReportConfig:
     """write prompts, completions, rewards and credit to completions/*.parquet"""
     samples: SampleConfig = field(default_factory=SampleConfig)
     """completions recorded with every number of their tokens in samples/*.parquet, for `rltok report`"""
+    sinks: SinkConfig | None = None
+    """attention sinks and dormant heads of the policy, logged as `attn/*` every so many updates; None measures none"""
     mode: Literal["offline", "online"] = "offline"
     """of wandb; offline needs neither network nor account"""
     project: str = "rltok"

@@ -39,7 +39,7 @@ from rltok.expect import Outcome, check_expectations
 from rltok.faults import explained, limit_collectives
 from rltok.files import explained_writes, json_line, write_atomically, write_json
 from rltok.kv import build_policy
-from rltok.launch import check_started, check_strategy, refuse_sharded_evaluation, running_strategy
+from rltok.launch import SHARDED_WEIGHTS, check_started, check_strategy, refuse_sharded_evaluation, running_strategy
 from rltok.models import check_trainable, is_adapter, load_model, load_model_config, load_tokenizer, peft_config
 from rltok.pickles import refuse_code
 from rltok.progress import EvaluationBar, ProgressDisplay
@@ -56,8 +56,9 @@ if TYPE_CHECKING:
 
     from rltok.entropy import EntropyStats, Gather
     from rltok.rewards import RewardSet
+    from rltok.sink_config import SinkConfig
     from rltok.steering import SteeringConfig
-    from rltok.trainers import CreditConfig
+    from rltok.trainers import CreditConfig, CreditTrainer
 
 OTHER_ENGINE = "set rollout.engine=transformers"
 """What to do where the engine `fast` does not serve a model."""
@@ -228,6 +229,7 @@ def _train(
         recipe.evaluation.after,
     )
     display.install(trainer)
+    install_sinks(recipe.report.sinks, trainer)
     if "wandb" in recipe.report.to and trainer._recorder is not None:
         trainer._recorder.listeners.append(log_heat_maps)
     main = trainer.is_world_process_zero()
@@ -274,6 +276,32 @@ def _console(console: Console | None, is_main: bool) -> Console:
     if not is_main:
         return Console(quiet=True)
     return console or Console()
+
+
+def install_sinks(config: SinkConfig | None, trainer: CreditTrainer) -> None:
+    """Let a trainer measure attention sinks as it trains; nothing to do for None.
+
+    Raises:
+        ConfigError: a model whose attention cannot be read, or weights that no process holds as a whole.
+    """
+    if config is None:
+        return
+    from rltok.attention.sink_monitor import SinkDiagnostics
+
+    strategy = running_strategy(trainer.accelerator)
+    if strategy in SHARDED_WEIGHTS:
+        raise ConfigError(
+            f"report.sinks: no process holds the whole weights under {strategy}, so attention sinks cannot be measured "
+            "in place; set report.sinks=null and run `rltok sinks CHECKPOINT`",
+            "report.sinks",
+        )
+    try:
+        SinkDiagnostics(**asdict(config)).install(trainer)
+    except ValueError as error:
+        raise ConfigError(
+            f"report.sinks: attention sinks of this model cannot be measured; set report.sinks=null: {error}",
+            "report.sinks",
+        ) from error
 
 
 def _refuse_sharded_evaluation(recipe: Recipe) -> None:

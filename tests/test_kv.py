@@ -41,6 +41,8 @@ POLICIES: dict[str, KVPolicy] = {
     "h2o": H2O(heavy=6, recent=6, interval=5),
     "h2o_greedy": H2O(heavy=9, recent=0, interval=1),
     "h2o_window": H2O(heavy=6, recent=6, interval=5, observe="window", observed=4),
+    "h2o_long_window": H2O(heavy=6, recent=6, interval=5, observe="window", observed=9),
+    "h2o_normalised": H2O(heavy=6, recent=6, interval=7, observe="window", observed=4, normalise=True),
     "snap": SnapKV(budget=12, window=4),
     "snap_interval": SnapKV(budget=12, window=4, interval=5),
     "r_kv": RKV(budget=12, window=4, interval=6),
@@ -229,6 +231,10 @@ class Simulation:
         elif isinstance(policy, H2O):
             votes = self.votes(query, key, scaling, heads, kept, range(at - policy.observed + 1, at + 1))
             scores, protected = votes.mean(0).tolist(), policy.recent
+            if policy.normalise:  # by the queries of the window that could see the token
+                scores = [
+                    score / min(policy.observed, at - token + 1) for score, token in zip(scores, kept, strict=True)
+                ]
         else:
             protected = policy.watched
             window = range(at - protected + 1, at + 1)
@@ -336,6 +342,15 @@ def test_heavy_hitters_by_hand() -> None:
     grown = torch.tensor([2.447862, 1.055927, 0.189102, 0.224515, 0.082595])
     assert heavy_hitters(grown, 1, 2).tolist() == [0, 3, 4]
     assert heavy_hitters(torch.tensor([1.0, 1.0, 0.5]), 1, 1).tolist() == [0, 2]  # a tie goes to the older token
+
+
+def test_redundancy_in_parts_is_that_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keys, filled = torch.randn(2, 3, 29, 4, generator=generator), torch.ones(2, 29, dtype=torch.bool)
+    filled[1, :11] = False
+    whole = redundancy(keys, filled)
+    monkeypatch.setattr("rltok.kv.r_kv.ROWS", 8)
+    torch.testing.assert_close(redundancy(keys, filled), whole, atol=1e-7, rtol=1e-6)
 
 
 def test_redundancy_by_hand_and_beside_padding() -> None:

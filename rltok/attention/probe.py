@@ -212,7 +212,7 @@ def attention_statistics(
     low, high = _checked_horizon(window, horizon, block, head_chunk)
     if input_ids.shape != attention_mask.shape:
         raise ValueError(f"input_ids {tuple(input_ids.shape)} and attention_mask {tuple(attention_mask.shape)} differ")
-    if stop_early and _is_sharded(model):
+    if stop_early and is_sharded(model):
         raise ValueError("stop_early=True would leave a sharded model in mid-forward; set stop_early=False")
     region = Region.from_masks(attention_mask, response_mask)
     found: dict[int, LayerStatistics] = {}
@@ -220,7 +220,7 @@ def attention_statistics(
 
     def collect(call: AttentionCall) -> None:
         if not any(mask is call.mask and width == call.sliding_window for mask, width in seen_masks):
-            _check_mask(call, region, block)
+            check_mask(call, region, block)
             seen_masks.append((call.mask, call.sliding_window))
         found[call.layer] = layer_statistics(
             call.query, call.key, call.scaling, call.sliding_window, region, window, (low, high), block, head_chunk
@@ -228,7 +228,7 @@ def attention_statistics(
         if stop_early and len(found) == len(probed):
             raise _LastLayerSeenError
 
-    _run(model, input_ids, attention_mask, probed, collect)
+    run_probed(model, input_ids, attention_mask, probed, collect)
     _check_reported(model, probed, found)
     parts = [found[layer] for layer in probed]
     return AttentionStatistics(
@@ -239,10 +239,10 @@ def attention_statistics(
     )
 
 
-def _run(
+def run_probed(
     model: nn.Module, input_ids: Tensor, attention_mask: Tensor, layers: Sequence[int], collect: Collector
 ) -> None:
-    """One pass under the probe; the head, if it is reached, sees one position."""
+    """One pass of (B, T) ids under the probe, in eval mode, without gradient or cache; a head gets one position."""
     parameters = inspect.signature(language_model(model).forward).parameters
     head = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
     with torch.no_grad(), evaluating(model), probing(model, layers, collect, tuple(input_ids.shape)):
@@ -275,7 +275,7 @@ def probing(
     """
     wanted = frozenset(probeable_layers(model, layers))
     members = frozenset(id(module) for module in model.modules())
-    with _interface_name(model) as name:
+    with interface_name(model) as name:
         original = ALL_ATTENTION_FUNCTIONS[name]
 
         def shadow(
@@ -299,8 +299,12 @@ def probing(
 
 
 @contextmanager
-def _interface_name(model: nn.Module) -> Iterator[str]:
-    """The name under which the model looks its attention up, after a switch from eager to sdpa if needed."""
+def interface_name(model: nn.Module) -> Iterator[str]:
+    """The name under which the model looks its attention up; eager attention, which has none, is sdpa in the context.
+
+    Raises:
+        UnprobeableAttentionError: eager attention of a model that has no sdpa.
+    """
     core = language_model(model)
     config = text_config(core)
     name = config._attn_implementation
@@ -420,11 +424,19 @@ def _attention_call(
     )
 
 
-def _check_mask(call: AttentionCall, region: Region, block: int) -> None:
+def check_mask(call: AttentionCall, region: Region, block: int) -> None:
     """Compare the mask that the kernel gets with the causal, windowed one that the statistics assume.
 
     Only (B, 1, T, T) masks and their absence under sdpa say what the kernel will do; other kernels take the window as
-    an argument. Blocks of rows, as everywhere.
+    an argument.
+
+    Args:
+        call: what an attention layer was called with.
+        region: the masks of the batch; rows outside R may see anything.
+        block: query rows compared at once.
+
+    Raises:
+        UnprobeableAttentionError: another pattern, or a bias.
     """
     width = call.sliding_window
     wrong = False
@@ -463,8 +475,8 @@ def _check_reported(model: nn.Module, layers: Sequence[int], found: dict[int, La
         )
 
 
-def _is_sharded(model: nn.Module) -> bool:
-    """FSDP (1 or 2) or DeepSpeed ZeRO-3 parameters."""
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's parameters are spread over ranks: FSDP (1 or 2) or DeepSpeed ZeRO-3."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     sharded = any(isinstance(module, (FSDPModule, FullyShardedDataParallel)) for module in model.modules())
@@ -536,7 +548,7 @@ def layer_statistics(
     waad = query.new_zeros((rows, n_query, span), dtype=dtype)
     fai_sum = query.new_zeros((rows, n_query, span), dtype=dtype)
     lines = min(block, region.end_row - region.first_row)
-    chunk = min(n_key, head_chunk or _head_chunk(query.device.type, rows * groups * lines * width))
+    chunk = min(n_key, head_chunk or heads_at_once(query.device.type, rows * groups * lines * width))
     # Reused by every block: tensors that grow from block to block would leave a trail of holes in the heap.
     size = rows * chunk * groups * lines * width
     scratch = query.new_empty(size, dtype=dtype), query.new_empty(size, dtype=dtype)
@@ -550,18 +562,19 @@ def layer_statistics(
         sums = LayerStatistics(span_sum[:, heads], waad[:, heads], fai_sum[:, heads])
         for start in range(region.first_row, region.end_row, block):
             stop = min(start + block, region.end_row)
-            weights, first_key = _block_weights(queries, keys, scaling, sliding_window, region, start, stop, scratch)
+            weights, first_key = block_weights(queries, keys, scaling, sliding_window, region, start, stop, scratch)
             _add_block(sums, weights, first_key, start, stop, region, window, horizon)
     waad.clamp_(0, window)
     outside = ~region.response[:, None]
     return LayerStatistics(span_sum, waad.masked_fill_(outside, 0.0), fai_sum.masked_fill_(outside, 0.0))
 
 
-def _head_chunk(device: str, elements_per_key_head: int) -> int:
+def heads_at_once(device: str, elements_per_key_head: int) -> int:
+    """Key-value heads whose scores `CHUNK_ELEMENTS` allows at once, at least 1; `device` is a type such as "cpu"."""
     return max(1, CHUNK_ELEMENTS.get(device, CHUNK_ELEMENTS["cuda"]) // max(1, elements_per_key_head))
 
 
-def _block_weights(
+def block_weights(
     query: Tensor,
     keys: Tensor,
     scaling: float,
@@ -571,9 +584,18 @@ def _block_weights(
     stop: int,
     scratch: tuple[Tensor, Tensor],
 ) -> tuple[Tensor, int]:
-    """Attention weights of the rows [start, stop) in the second tensor of `scratch`, and the column of their first key.
+    """Attention weights of the rows [start, stop), rebuilt from queries and keys, and the column of their first key.
 
-    Rows outside R get zero queries: their weights are finite and are left out of every sum.
+    Args:
+        query: (B, H, T, D) queries, H a multiple of Hkv.
+        keys: (B, Hkv, T, D) in the dtype of the result, contiguous, 0 at padding.
+        scaling, sliding_window: as for `layer_statistics`.
+        region: the masks. Rows outside R get zero queries: their weights are finite and belong into no sum.
+        start, stop: query columns, n = stop - start.
+        scratch: two flat tensors of at least B H n T elements; the weights lie in the second one.
+
+    Returns:
+        (B, H, n, stop - first_key) weights, rows sum to 1, and `first_key`.
     """
     rows, n_query, _, size = query.shape
     n_key = keys.size(1)

@@ -49,13 +49,18 @@ class H2O(KVPolicy):
 
     @property
     def accumulates(self) -> bool:  # type: ignore[override]
-        """Every query is watched with `observe: all`."""
-        return self.observe == "all"
+        """True where attention is added up as it happens, and no query needs to be kept."""
+        return self.observe == "all" or self.interval is None or self.interval >= self.observed
+
+    @property
+    def span(self) -> int:  # type: ignore[override]
+        """The last queries before a cut, with `observe: window`."""
+        return self.observed if self.observe == "window" else 0
 
     @property
     def watched(self) -> int:  # type: ignore[override]
-        """Queries kept with `observe: window`."""
-        return self.observed if self.observe == "window" else 0
+        """Queries kept where the window reaches back over earlier cuts."""
+        return 0 if self.accumulates else self.observed
 
     @classmethod
     def of_budget(cls, budget: int, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -68,7 +73,7 @@ class H2O(KVPolicy):
 
     def select(self, view: LayerView) -> Tensor:
         """The last `recent` slots and the `heavy` others of largest score."""
-        score = view.score if self.observe == "all" else window_weights(view).sum(2)
+        score = view.score if self.accumulates else window_weights(view).sum(2)
         assert score is not None
         if self.normalise:
             seen = view.lengths[:, None, None] - view.positions

@@ -145,17 +145,24 @@ class PolicyLayer(CacheLayerMixin):
         due = self.slots.due
         if due:
             self._cut(due)
+        if self.slots.at_cut and self.policy.accumulates and self.policy.span:  # the next window begins at 0
+            self.tracks["score"][torch.tensor(self.slots.at_cut, device=query.device)] = 0.0
 
     # ---- prompt
 
     def _watch_prompt(self, query: Tensor) -> None:
         """Attention sums and newest queries of a part of the prompt, aligned like its keys."""
-        if self.policy.watched:
+        window = self.policy.watched or (self.policy.span if self.policy.accumulates else 0)
+        if window:
             before = self.queries
             joined = query if before is None else torch.cat([before, query], 2)
-            self._hold_queries(joined[:, :, -self.policy.watched :].clone())
-        if not self.policy.accumulates:
+            self._hold_queries(joined[:, :, -window:].clone())
+        if not self.policy.accumulates or self.policy.span:
             return
+        self._add_prompt_scores(query)
+
+    def _add_prompt_scores(self, query: Tensor) -> None:
+        """Add the attention of the prompt's newest (B, H, q, D) queries to its keys' scores."""
         assert self.prompt is not None
         keys = self.prompt.held()[0]
         rows, heads, width, _ = keys.shape
@@ -178,6 +185,11 @@ class PolicyLayer(CacheLayerMixin):
         assert self.prompt is not None
         keys, values = self.prompt.held()
         rows, heads, width, _ = keys.shape
+        if self.policy.accumulates and self.policy.span:
+            assert self.queries is not None
+            self._add_prompt_scores(self.queries)
+            self.size.now -= self.queries.nbytes
+            self.queries = None
         if self.queries is not None and self.queries.size(2) < self.policy.watched:
             self._hold_queries(pad_queries(self.queries, self.policy.watched))
         column = torch.arange(width, device=keys.device, dtype=torch.int32)
@@ -207,6 +219,8 @@ class PolicyLayer(CacheLayerMixin):
             self.tracks, self.start, self.end = held, 0, budget
             self.size.beside(sum(track.nbytes for track in held.values()))
             self.size.now += sum(track.nbytes for track in held.values()) - prompt.keys.nbytes - prompt.values.nbytes
+        if self.policy.accumulates and self.policy.span:
+            self.tracks["score"].zero_()
         self.size.beside(0)
 
     # ---- generated tokens
@@ -235,10 +249,13 @@ class PolicyLayer(CacheLayerMixin):
         if self.policy.watched:
             self._remember(query)
         if self.policy.accumulates:
+            counting = self.slots.counting(self.policy.span, query.size(2), query.device)
+            if counting is not None and not counting.numel():
+                return
             used = (slice(self.slots.rows), slice(None), slice(self.start, self.end))
             visible = self.slots.mask(query.size(2), False, query.device)
-            weights = grouped_weights(query, self.tracks["keys"][used], visible, self.scaling)
-            self.tracks["score"][used] += weights.mean(2).sum(2)
+            weights = grouped_weights(query, self.tracks["keys"][used], visible, self.scaling).mean(2)
+            self.tracks["score"][used] += (weights if counting is None else weights * counting).sum(2)
 
     def _remember(self, query: Tensor) -> None:
         """Put (B, H, q, D) queries over the oldest of the ring."""

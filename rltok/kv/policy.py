@@ -77,7 +77,9 @@ class KVPolicy:
     watched: ClassVar[int] = 0
     """newest queries to keep for `select`; a property where it is an option"""
     accumulates: ClassVar[bool] = False
-    """True if every query's attention is added to `score`"""
+    """True if the attention of queries is added to `score`"""
+    span: ClassVar[int] = 0
+    """if it is added: only that of the last so many queries before a cut, at most `interval`; 0: of every query"""
 
     def __post_init__(self) -> None:
         if self.interval is not None and self.interval < 1:

@@ -24,6 +24,10 @@ from rltok.kv.policy import KVPolicy, LayerView, best_slots, newest
 from rltok.kv.snap_kv import check_window
 
 
+ROWS = 512
+"""keys whose similarity to all others is held at once"""
+
+
 @dataclass(frozen=True)
 class RKV(KVPolicy):
     """Importance less redundancy; `lam=1` is importance alone."""
@@ -97,14 +101,17 @@ def redundancy(keys: Tensor, filled: Tensor, threshold: float = 0.5) -> Tensor:
     Example: keys (1, 0), (0, 1), (1, 0.1), (0.7, 0.7) give 0.301941, 0.241374, 0.259390, 0.197294.
     """
     unit = normalize(keys.float(), dim=-1)
-    similar = unit @ unit.transpose(-1, -2)
     width = keys.size(2)
     column = torch.arange(width, device=keys.device)
-    real = filled[:, None, :, None] & filled[:, None, None, :]
-    similar = similar.masked_fill(~real | torch.eye(width, dtype=torch.bool, device=keys.device), 0.0)
-    latest = torch.where(similar > threshold, column, -1).amax(-1)
     first = (width - filled.sum(1))[:, None, None]
-    forgiven = torch.where(latest < 0, first, latest)
-    similar = similar.scatter(-1, forgiven[..., None], 0.0)
-    mean = similar.sum(-2) / filled.sum(1)[:, None, None]
+    total = unit.new_zeros(unit.shape[:3])
+    for start in range(0, width, ROWS):  # never all pairs of a long prompt at once
+        rows = slice(start, start + ROWS)
+        similar = unit[:, :, rows] @ unit.transpose(-1, -2)
+        real = filled[:, None, rows, None] & filled[:, None, None, :]
+        similar = similar.masked_fill(~real | (column[rows, None] == column), 0.0)
+        latest = torch.where(similar > threshold, column, -1).amax(-1)
+        forgiven = torch.where(latest < 0, first, latest)
+        total += similar.scatter(-1, forgiven[..., None], 0.0).sum(-2)
+    mean = total / filled.sum(1)[:, None, None]
     return mean.masked_fill(~filled[:, None], -torch.inf).softmax(-1)

@@ -59,6 +59,8 @@ class Slots:
         self.held: list[int] = []
         self.due: list[int] = []
         """rows that are cut in this forward pass"""
+        self.at_cut: list[int] = []
+        """rows whose interval ends in it, also those that hold too little to be cut"""
         self._made: dict[tuple[Any, ...], Tensor] = {}
 
     # ---- steps
@@ -72,11 +74,8 @@ class Slots:
         self.held = [count + columns for count in self.held]
         if self.interval is None:
             return
-        self.due = [
-            row
-            for row, (count, generated) in enumerate(zip(self.held, self.of.generated, strict=True))
-            if generated % self.interval < columns and count > self.budget_of(row)
-        ]
+        self.at_cut = [row for row, generated in enumerate(self.of.generated) if generated % self.interval < columns]
+        self.due = [row for row in self.at_cut if self.held[row] > self.budget_of(row)]
 
     @property
     def width_after(self) -> int:
@@ -88,7 +87,7 @@ class Slots:
         """A forward pass has ended: what was due is cut."""
         for row in self.due:
             self.held[row] = self.budget_of(row)
-        self.due = []
+        self.due, self.at_cut = [], []
         self._made.clear()
 
     def changed(self) -> None:
@@ -142,6 +141,30 @@ class Slots:
         if self.interval is None:
             return min(prompt, self._after_cut(prompt)) + new
         return min(total, self._after_cut(total) + self.interval)
+
+    def counting(self, span: int, queries: int, device: torch.device) -> Tensor | None:
+        """Which of the newest queries are among the last `span` before a row's next cut.
+
+        Returns:
+            (B, 1, queries, 1) 0 or 1; None: all of them; without an element: none.
+        """
+        if not span:
+            return None
+        if self.interval is None:
+            return torch.zeros(0, device=device)
+        newest, cut = range(queries - 1, -1, -1), set(self.at_cut)  # a cut comes after all queries of a pass
+        flags = [
+            [float((back if row in cut else -(generated - back) % self.interval) < span) for back in newest]
+            for row, generated in enumerate(self.of.generated)
+        ]
+        if all(map(all, flags)):
+            return None
+        if not any(map(any, flags)):
+            return torch.zeros(0, device=device)
+        key = ("counting", span, queries)
+        if key not in self._made:
+            self._made[key] = torch.tensor(flags, device=device)[:, None, :, None]
+        return self._made[key]
 
     @property
     def over_budget(self) -> list[int]:
