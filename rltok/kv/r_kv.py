@@ -23,7 +23,6 @@ from torch.nn.functional import max_pool1d, normalize
 from rltok.kv.policy import KVPolicy, LayerView, best_slots, newest
 from rltok.kv.snap_kv import check_window
 
-
 ROWS = 512
 """keys whose similarity to all others is held at once"""
 
