@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rltok.fast import LoopSettings, generate_rows
-from rltok.kv import H2O, KVPolicy, PolicyCache, SnapKV, StreamingLLM, attach, policy_cache, watched_attention
+from rltok.kv import H2O, KVConfig, KVPolicy, PolicyCache, SnapKV, StreamingLLM, attach, policy_cache, watched_attention
+from rltok.kv.policy import LayerView, best_slots, newest
 from rltok.kv.slots import Rows, Slots
+from rltok.rollout import RolloutConfig
 
 PROMPTS = [[5, 9, 11], [7] * 9 + [8, 12, 30, 4], [21]]
 SMALL: list[KVPolicy] = [
@@ -181,6 +185,32 @@ def test_a_prompt_of_one_token_and_a_budget_below_the_sinks() -> None:
     model = build()
     policy = StreamingLLM(sink=4, recent=1, interval=1)
     assert generated(model, policy, [[21]]) == [loop(model, policy)[2]]
+
+
+@dataclass(frozen=True)
+class LoudValues(KVPolicy):
+    """A policy of a user: a window, and the values of largest norm."""
+
+    keep: int = 8
+    recent: int = 4
+
+    def kept(self, layer: int) -> int:
+        return self.keep
+
+    def select(self, view: LayerView) -> Tensor:
+        return best_slots(view.values.norm(dim=-1), newest(view, self.recent), view.filled, self.keep)
+
+
+def test_a_policy_of_a_user_is_one_class() -> None:
+    model, policy = build(), LoudValues(interval=3)
+    kept = loop(model, policy)
+    assert kept == [row for prompt in PROMPTS for row in generated(model, policy, [prompt])] != loop(model, None)
+    assert loop(model, LoudValues(keep=99)) == loop(model, None)
+    config = RolloutConfig(kv=KVConfig(policy))
+    assert config.resolved_correction.veto == 1e-4
+    unused = KVPolicy(interval=2)
+    with pytest.raises(NotImplementedError):
+        unused.kept(0)
 
 
 @pytest.mark.gpu

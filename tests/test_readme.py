@@ -12,6 +12,7 @@ from tests_support import build_model, build_tokenizer
 from rltok.cli import main
 from rltok.credit import CREDIT, TokenGroupAverage
 from rltok.objective import HAPO, OBJECTIVE
+from rltok.recipe import load_recipe
 from rltok.rewards import REWARDS
 from rltok.sampling import DECODING
 from rltok.selection import SELECTION
@@ -20,9 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
 def block(language: str) -> str:
-    (text,) = re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
-    return text
+    return blocks(language)[0]
 
 
 @pytest.fixture
@@ -63,6 +67,13 @@ def test_yaml_example_passes_check(tmp_path, model_folder, monkeypatch, capsys):
     shown = capsys.readouterr()
     assert stop.value.code in (0, None), shown
     assert "beta: 0.5" in shown.out and "metric: strict" in shown.out and "learning_rate: 1.0e-06" in shown.out
+
+
+def test_the_cache_policy_example_is_a_recipe(tmp_path):
+    whole, policy = blocks("yaml")
+    (tmp_path / "my.yaml").write_text("defaults: dapo.yaml\n" + policy, encoding="utf-8")
+    assert load_recipe(tmp_path / "my.yaml").rollout["kv"]["budget"] == 512
+    assert len(blocks("python")) == 1 and "defaults:" in whole
 
 
 def test_tables_name_every_method():

@@ -60,7 +60,7 @@ class CompressKV(KVPolicy):
         check_window(min(self.budgets), self.window, self.kernel, "min(budgets)")
 
     @property
-    def watched(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:
         """Queries that vote."""
         return self.window
 

@@ -48,17 +48,17 @@ class H2O(KVPolicy):
             raise ValueError(f"observe={self.observe!r}; allowed: {', '.join(OBSERVE)}")
 
     @property
-    def accumulates(self) -> bool:  # type: ignore[override]
+    def accumulates(self) -> bool:
         """True where attention is added up as it happens, and no query needs to be kept."""
         return self.observe == "all" or self.interval is None or self.interval >= self.observed
 
     @property
-    def span(self) -> int:  # type: ignore[override]
+    def span(self) -> int:
         """The last queries before a cut, with `observe: window`."""
         return self.observed if self.observe == "window" else 0
 
     @property
-    def watched(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:
         """Queries kept where the window reaches back over earlier cuts."""
         return 0 if self.accumulates else self.observed
 

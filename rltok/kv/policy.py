@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -74,18 +74,26 @@ class KVPolicy:
     positions: Positions = "original"
     """`original`: keys stay as rotated; `cache`: kept tokens get consecutive positions"""
 
-    watched: ClassVar[int] = 0
-    """newest queries to keep for `select`; a property where it is an option"""
-    accumulates: ClassVar[bool] = False
-    """True if the attention of queries is added to `score`"""
-    span: ClassVar[int] = 0
-    """if it is added: only that of the last so many queries before a cut, at most `interval`; 0: of every query"""
-
     def __post_init__(self) -> None:
         if self.interval is not None and self.interval < 1:
             raise ValueError(f"interval={self.interval} must be >= 1, or None to cut the prompt alone")
         if self.positions not in POSITIONS:
             raise ValueError(f"positions={self.positions!r}; allowed: {', '.join(POSITIONS)}")
+
+    @property
+    def watched(self) -> int:
+        """Newest queries that are kept for `select`."""
+        return 0
+
+    @property
+    def accumulates(self) -> bool:
+        """True if the attention of queries is added to `score`."""
+        return False
+
+    @property
+    def span(self) -> int:
+        """If it is added: only that of the last so many queries before a cut, at most `interval`; 0: of every query."""
+        return 0
 
     @property
     def needs_queries(self) -> bool:

@@ -51,7 +51,7 @@ class RKV(KVPolicy):
             raise ValueError(f"lam={self.lam} must be in 0..1")
 
     @property
-    def watched(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:
         """Queries that are looked at."""
         return self.window
 

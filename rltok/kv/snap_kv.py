@@ -38,7 +38,7 @@ class SnapKV(KVPolicy):
         check_window(self.budget, self.window, self.kernel, "budget")
 
     @property
-    def watched(self) -> int:  # type: ignore[override]
+    def watched(self) -> int:
         """Queries that vote."""
         return self.window
 

@@ -49,6 +49,7 @@ METHODS: dict[str, dict[str, Any]] = {
         "rollout": {"decoding": [{"type": "thought_switching", "alpha": 1.0, "beta": 3, **WORDS}]}
     },
     "rollout: steering": {"rollout": {"steering": {"path": "vectors.safetensors"}}},
+    "rollout: kv": {"rollout": {"kv": {"policy": "h2o", "heavy": 4, "recent": 4, "interval": 2}}},
     "rollout: correction": {"rollout": {"correction": {"mode": "truncate", "clip_max": 1.1, "batch_normalize": True}}},
     "rollout: dynamic_sampling": {"rollout": {"dynamic_sampling": {"metric": "even_length"}}},
     "rollout: prompt_skipping": {
@@ -57,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """name -> the doors' sections, each the smallest that acts on the runs of the matrix"""
 
-SAMPLED = tuple(name for name, doors in METHODS.items() if doors.get("rollout", {}).keys() & {"decoding", "steering"})
+SAMPLED = tuple(name for name, doors in METHODS.items() if doors.get("rollout", {}).keys() & {"decoding", "steering", "kv"})
 """methods that change how tokens are drawn; the others train on fixed completions"""
 
 SHORT = ("credit: group", "objective: hapo", "selection: d3s", "rollout: cyclic_reflex", "rollout: dynamic_sampling")
