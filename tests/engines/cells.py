@@ -58,7 +58,8 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """name -> the doors' sections, each the smallest that acts on the runs of the matrix"""
 
-SAMPLED = tuple(name for name, doors in METHODS.items() if doors.get("rollout", {}).keys() & {"decoding", "steering", "kv"})
+DRAWN = {"decoding", "steering", "kv"}
+SAMPLED = tuple(name for name, doors in METHODS.items() if doors.get("rollout", {}).keys() & DRAWN)
 """methods that change how tokens are drawn; the others train on fixed completions"""
 
 SHORT = ("credit: group", "objective: hapo", "selection: d3s", "rollout: cyclic_reflex", "rollout: dynamic_sampling")
