@@ -21,10 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import re
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,6 +31,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
+from measuring import command_line, device_name
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -180,12 +178,9 @@ class Bench:
 
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
-    facts: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "transformers": transformers.__version__}
-    if options.device == "cuda":
-        return facts | {"device": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    return facts | {"device": names[0] if names else platform.machine(), "threads": torch.get_num_threads()}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts: dict[str, Any] = {"device": device_name(options.device), **versions}
+    return facts if options.device == "cuda" else facts | {"threads": torch.get_num_threads()}
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -225,18 +220,14 @@ def show(options: argparse.Namespace, found: dict[str, Any], facts: dict[str, An
     )
     title += f", {facts['threads']} thread(s)" if "threads" in facts else ""
     unit = "CPU ms" if options.clock == "cpu" else "ms"
-    table = Table(title=title)
-    for column in ("decode step", f"{unit} (median)", "ratio min", "median", "max"):
-        table.add_column(column)
+    table = Table("decode step", f"{unit} (median)", "ratio min", "median", "max", title=title)
     table.add_row("plain", f"{1e3 * step:.1f}", *["1.000"] * 3)
     figures = (min(found["ratio"]), found["ratio_median"], max(found["ratio"]))
     controlled = statistics.median(found["all_s"])
     table.add_row("all, recorded", f"{1e3 * controlled:.1f}", *(f"{figure:.3f}" for figure in figures))
     console = Console(width=110)
     console.print(table)
-    table = Table(title="time inside a processor")
-    for column in ("processor", f"{unit} (median)", "share of a plain step"):
-        table.add_column(column)
+    table = Table("processor", f"{unit} (median)", "share of a plain step", title="time inside a processor")
     parts = {**found["inside_s"], "sum": sum(found["inside_s"].values())}
     for name, seconds in parts.items():
         table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / step:.2%}")
@@ -278,17 +269,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = measure(options)
     show(options, found, facts)
     if options.out:
-        given = sys.argv[1:] if argv is None else list(argv)
         settings = {name: value for name, value in vars(options).items() if name not in ("out", "threads")}
-        command = " ".join(["python scripts/bench_decoding.py", *_without_paths(given)])
+        command = command_line("bench_decoding.py", argv)
         record = {"command": command, "machine": facts, "settings": settings, **found}
         options.out.write_text(json.dumps(record, indent=2) + "\n")
-
-
-def _without_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line less the place of the output."""
-    kept = [a for i, a in enumerate(arguments) if a != "--out" and (i == 0 or arguments[i - 1] != "--out")]
-    return [a for a in kept if not a.startswith("--out=")]
 
 
 if __name__ == "__main__":

@@ -37,13 +37,8 @@ stays in the process (glibc), which spares `dense` the page faults of its copies
 from __future__ import annotations
 
 import argparse
-import ctypes
-import dataclasses
 import gc
-import json
 import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -56,10 +51,22 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import scipy.stats
 import torch
 import transformers
+from measuring import (
+    CLOCKS,
+    at_least_one,
+    chosen_arms,
+    conclude,
+    interval,
+    keep_freed_memory,
+    machine,
+    markdown_table,
+    mebibytes,
+    now,
+    turned,
+    with_interval,
+)
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicCache
@@ -70,7 +77,6 @@ from rltok.kv import H2O, RKV, CompressKV, KVPolicy, PolicyCache, SnapKV, Stream
 from rltok.kv.razor_attention import RazorAttention
 
 BASE, BLOCK_BASE = "dense", "dense_block"
-CLOCKS = ("wall", "cpu")
 WARM_UP = 2
 """steps of every arm before the first block"""
 FIRST = 2
@@ -281,17 +287,11 @@ class Seconds:
 
 def timed(device: str, work: Callable[[], Any]) -> Seconds:
     """Seconds of the work, with the device's queue empty before and after."""
-
-    def now() -> tuple[float, float]:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter(), time.process_time()
-
     gc.disable()
     try:
-        first = now()
+        first = now(device)
         work()
-        last = now()
+        last = now(device)
     finally:
         gc.enable()
     return Seconds(last[0] - first[0], last[1] - first[1])
@@ -382,12 +382,6 @@ def measure_steps(
         decoder.catch_up()
         held[name] |= {"bytes": cache_bytes(decoder.cache), "tokens": decoder.steps}
     return found, held
-
-
-def turned(names: Sequence[str], by: int) -> list[str]:
-    """The names, beginning with another one."""
-    turn = by % len(names)
-    return [*names[turn:], *names[:turn]]
 
 
 # ---- prefill and whole generations
@@ -507,8 +501,7 @@ def measure_generation(
         whole_generation(case, model, bases[engine], engine, random_prompts(case, min(prompt, 64)), 2)
     for repetition in range(repetitions):
         gc.collect()
-        turn = repetition % len(order)
-        for engine, name in order[turn:] + order[:turn]:
+        for engine, name in turned(order, repetition):
             runs.setdefault((engine, name), []).append(whole_generation(case, model, name, engine, prompts, new))
     found: dict[str, dict[str, Any]] = {}
     for (engine, name), own in runs.items():
@@ -523,17 +516,6 @@ def measure_generation(
 
 
 # ---- figures
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Median with a 95 % percentile bootstrap interval; without one for a single value."""
-    median = statistics.median(values)
-    if len(values) < 2:
-        return {"median": median, "low": None, "high": None}
-    result = scipy.stats.bootstrap(
-        (np.asarray(values),), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return {"median": median, "low": float(result.low), "high": float(result.high)}
 
 
 def figures(
@@ -586,76 +568,43 @@ def unjudged(arms: Mapping[str, Mapping[str, Any]], bounds: Mapping[str, Limit])
 
 def markdown(arms: Mapping[str, Mapping[str, Any]], length: int) -> str:
     """The tables of the documentation: steps and bytes, prefill, whole generations."""
-    lines = [
-        f"| arm | ms per step | speed, to dense [95 %] | to dense_block | MiB | of dense | of dense at {length} |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for name, record in arms.items():
-        cells = [
+    columns = ("arm", "ms per step", "speed, to dense [95 %]", "to dense_block", "MiB", "of dense")
+    rows = [
+        (
             name,
             f"{record['milliseconds_per_step']:.2f}",
-            with_interval(record["speed"]),
-            with_interval(record["speed_to_block"]),
-            f"{record['bytes'] / 2**20:.1f}",
+            with_interval(record["speed"], 2),
+            with_interval(record["speed_to_block"], 2),
+            mebibytes(record["bytes"]),
             f"1/{1 / record['memory_ratio']:.2f}",
             f"1/{1 / record['memory_ratio_at_length']:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    if any("prefill" in record for record in arms.values()):
-        lines += ["", "| arm | prefill, s | ratio to dense [95 %] | cache at most, MiB | device at most, MiB |"]
-        lines.append("| --- | --- | --- | --- | --- |")
-    for name, record in arms.items():
-        if "prefill" in record:
-            own = record["prefill"]
-            peaks = [_mebibytes(own.get(key)) for key in ("cache_peak_bytes", "device_peak_bytes")]
-            cells = [name, f"{own['seconds']:.2f}", with_interval(own["ratio"]), *peaks]
-            lines.append(f"| {' | '.join(cells)} |")
-    if any("generation" in record for record in arms.values()):
-        lines += ["", "| arm | generate, s | speed [95 %] | loop, s | speed [95 %] | equal rows |"]
-        lines.append("| --- | --- | --- | --- | --- | --- |")
-    for name, record in arms.items():
-        if "generation" in record:
-            own = record["generation"]
-            cells = [name]
-            for engine in ("generate", "loop"):
-                part = own.get(engine)
-                cells += ["-", "-"] if part is None else [f"{part['seconds']:.2f}", with_interval(part["speed"])]
-            cells.append(f"{own['equal_rows']:.0%}" if "equal_rows" in own else "-")
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        )
+        for name, record in arms.items()
+    ]
+    tables = [markdown_table((*columns, f"of dense at {length}"), rows)]
+    columns = ("arm", "prefill, s", "ratio to dense [95 %]", "cache at most, MiB", "device at most, MiB")
+    rows = [_prefill_row(name, record["prefill"]) for name, record in arms.items() if "prefill" in record]
+    tables += [markdown_table(columns, rows)] if rows else []
+    columns = ("arm", "generate, s", "speed [95 %]", "loop, s", "speed [95 %]", "equal rows")
+    rows = [_generation_row(name, record["generation"]) for name, record in arms.items() if "generation" in record]
+    tables += [markdown_table(columns, rows)] if rows else []
+    return "\n\n".join(tables)
 
 
-def with_interval(found: Mapping[str, float | None]) -> str:
-    """A median, with its interval if there is one."""
-    if found["low"] is None:
-        return f"{found['median']:.2f}"
-    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]"
+def _prefill_row(name: str, own: Mapping[str, Any]) -> list[str]:
+    peaks = [mebibytes(own.get(key)) for key in ("cache_peak_bytes", "device_peak_bytes")]
+    return [name, f"{own['seconds']:.2f}", with_interval(own["ratio"], 2), *peaks]
 
 
-def _mebibytes(count: int | None) -> str:
-    return "-" if count is None else f"{count / 2**20:.1f}"
+def _generation_row(name: str, own: Mapping[str, Any]) -> list[str]:
+    cells = [name]
+    for engine in ("generate", "loop"):
+        part = own.get(engine)
+        cells += ["-", "-"] if part is None else [f"{part['seconds']:.2f}", with_interval(part["speed"], 2)]
+    return [*cells, f"{own['equal_rows']:.0%}" if "equal_rows" in own else "-"]
 
 
 # ---- the command
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where the figures come from."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    if device == "cuda":
-        return {"device": torch.cuda.get_device_name(), **versions}
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    name = names[0] if names else platform.machine()
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD); elsewhere there is nothing to do."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -680,18 +629,14 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="file for all figures")
     options = parser.parse_args(argv)
     options.shape = options.shape or ("0.5b" if options.device == "cuda" else "small")
-    for name in ("threads", "batch", "length", "interval", "intervals", "repetitions", "new", "whole_repetitions"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    sizes = ("threads", "batch", "length", "interval", "intervals", "repetitions", "new", "whole_repetitions")
+    at_least_one(parser, options, sizes)
     for name in ("prefill", "prompt"):
         if getattr(options, name) is None:
             setattr(options, name, min(1024, options.length))
         elif getattr(options, name) < 0:
             parser.error(f"--{name} {getattr(options, name)} must be at least 0")
-    names = options.arms.split(",") if options.arms else list(ARMS)
-    unknown = sorted(set(names) - set(ARMS))
-    if unknown:
-        parser.error(f"--arms {', '.join(unknown)} unknown; allowed: {', '.join(ARMS)}")
+    names = chosen_arms(parser, options.arms, ARMS)
     options.arms = [name for name in ARMS if name in {*names, BASE, BLOCK_BASE}]
     fields = {name: getattr(options, name) for name in ("shape", "device", "batch", "length", "budget", "interval")}
     options.case = Case(**fields)
@@ -731,7 +676,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(options: argparse.Namespace, arms: Mapping[str, Mapping[str, Any]], seconds: float) -> int:
     """Print and write the figures; 1 where `--check` fails."""
-    case, facts, bounds = options.case, machine(options.device), limits(options.case)
+    case, facts, bounds = options.case, machine(options.device, torch, transformers), limits(options.case)
     lengths = case.lengths(case.length)
     tokens = arms[BASE]["tokens"]
     print(
@@ -740,22 +685,9 @@ def report(options: argparse.Namespace, arms: Mapping[str, Mapping[str, Any]], s
     )
     print(markdown(arms, case.length))
     missed = failures(arms, bounds) if options.check else []
-    for line in missed:
-        print(f"MISSED {line}")
-    if options.check:
-        for line in unjudged(arms, bounds):
-            print(f"not judged: {line}")
-    if options.json:
-        names = ("repetitions", "intervals", "prefill", "prompt", "new", "whole_repetitions", "clock")
-        record = {
-            "machine": facts,
-            "case": dataclasses.asdict(case),
-            "settings": {name: getattr(options, name) for name in names},
-            "arms": arms,
-            "missed": missed,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if missed else 0
+    without = unjudged(arms, bounds) if options.check else []
+    names = ("repetitions", "intervals", "prefill", "prompt", "new", "whole_repetitions", "clock")
+    return conclude(options, facts, arms, names, missed, without)
 
 
 if __name__ == "__main__":

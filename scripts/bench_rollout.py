@@ -34,12 +34,8 @@ import gc
 import json
 import math
 import os
-import platform
-import re
-import resource
 import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +49,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
+from measuring import at_least_one, command_line, device_name, mebibytes, memory_apart, resident_bytes, turned
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -81,8 +78,6 @@ PAGE = 32
 """tokens of a page of continuous batching on a CPU, where it cannot size its cache itself"""
 NOISE = {"cpu": 2**20, "cuda": 0}
 """bytes by which peaks of equal runs may differ"""
-RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc settings of a process whose memory is measured; other systems ignore them"""
 
 
 @dataclass(frozen=True)
@@ -479,9 +474,8 @@ def failures(cases: Sequence[Mapping[str, Any]], clock: str) -> list[str]:
             )
         peaks = fast["peak_memory_bytes"], base["peak_memory_bytes"]
         if None not in peaks and peaks[0] > peaks[1] + NOISE[record["case"]["device"]]:
-            found.append(
-                f"{record['case']['name']}: fast takes {_mib(peaks[0])} MiB at its peak, {BASE} {_mib(peaks[1])} MiB"
-            )
+            own, other = map(mebibytes, peaks)
+            found.append(f"{record['case']['name']}: fast takes {own} MiB at its peak, {BASE} {other} MiB")
     return found
 
 
@@ -505,8 +499,7 @@ def measure(case: Case, engines: Sequence[str], repetitions: int, memory: bool) 
         with _counted(found, engine, "graphs"):
             _attempt(found, engine, partial(bench.warm, engine))
     for repetition in range(repetitions):
-        turn = repetition % len(engines)
-        for engine in (*engines[turn:], *engines[:turn]):
+        for engine in turned(engines, repetition):
             if engine in found.errors:
                 continue
             with _counted(found, engine, "recompilations"):
@@ -557,19 +550,6 @@ def _counted(found: Measurement, engine: str, name: str) -> Iterator[None]:
         counts["cuda_graphs_skipped"] += int(counters["inductor"]["cudagraph_skips"] - before[1])
 
 
-def resident_bytes(reset: bool = False) -> int:
-    """Largest resident set of this process, since `reset` where the system can forget the one before.
-
-    Linux: VmHWM. `ru_maxrss` would there begin with the size of the process that started this one.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def memory_of(case: Case, engine: str) -> int:
     """Bytes by which a rollout raises the resident set, for a process that does nothing else."""
     bench = Bench(case)
@@ -581,15 +561,13 @@ def memory_of(case: Case, engine: str) -> int:
 
 
 def peak_of_child(case: Case, engine: str) -> int | None:
-    """`memory_of` in a process of its own, with as many threads as this one; None where the engine fails there."""
-    settings = json.dumps({"case": dataclasses.asdict(case), "engine": engine, "threads": torch.get_num_threads()})
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", settings]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | RETURNS_MEMORY)
-    if done.returncode:
+    """`memory_of` in a process of its own; None where the engine fails there."""
+    try:
+        return int(memory_apart(__file__, engine, case=dataclasses.asdict(case), engine=engine)["peak_bytes"])
+    except RuntimeError:
         if engine in MUST_RUN:
-            raise RuntimeError(f"measuring the memory of {engine} failed:\n{done.stderr[-2000:]}")
+            raise
         return None
-    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
 
 
 def run_child(settings: str) -> None:
@@ -629,17 +607,11 @@ def suite(device: str, dtype: str) -> list[Case]:
 
 def machine(options: argparse.Namespace) -> dict[str, Any]:
     """Where the figures come from."""
-    facts: dict[str, Any] = {"device": "CPU", "torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    facts: dict[str, Any] = {"device": device_name(options.device), **versions}
     if options.device == "cuda":
-        return facts | {"device": torch.cuda.get_device_name()}
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    name = names[0] if names else platform.machine()
-    return facts | {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads()}
-
-
-def _mib(size: float | None) -> str:
-    return "-" if size is None else f"{size / 2**20:.1f}"
+        return facts
+    return facts | {"cores": os.cpu_count(), "threads": torch.get_num_threads()}
 
 
 def _spread_text(figures: Mapping[str, float], digits: int) -> str:
@@ -656,10 +628,8 @@ def show(record: Mapping[str, Any], facts: Mapping[str, Any], repetitions: int) 
         f"{facts['device']}"
     )
     title += f", {facts['threads']} thread(s)" if "threads" in facts else ""
-    table = Table(title=title)
     columns = ("engine", "tokens/s", "ratio", "CPU ratio", "live", "prefill saved", "cache MiB", "peak MiB")
-    for column in columns:
-        table.add_column(column)
+    table = Table(*columns, title=title)
     for engine, found in record["engines"].items():
         if "error" in found:
             table.add_row(engine, "did not run", *["-"] * (len(columns) - 2))
@@ -673,8 +643,8 @@ def show(record: Mapping[str, Any], facts: Mapping[str, Any], repetitions: int) 
             _spread_text(found["cpu_ratio"], 2) if case.device == "cpu" else "-",
             live,
             saved,
-            _mib(found["peak_cache_bytes"]),
-            _mib(found["peak_memory_bytes"]),
+            mebibytes(found["peak_cache_bytes"]),
+            mebibytes(found["peak_memory_bytes"]),
         )
     console = Console(width=140)
     console.print(table)
@@ -721,9 +691,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         parser.error(f"--engines {unknown} unknown; allowed: {', '.join(ENGINES)}")
     if options.check and "fast" not in options.engines.split(","):
         parser.error(f"--check needs the engine fast, --engines is {options.engines}")
-    for name in ("repetitions", "groups", "group_size", "prompt_length", "longest"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)} must be at least 1")
+    at_least_one(parser, options, ("repetitions", "groups", "group_size", "prompt_length", "longest"))
     if options.mean < 1 or options.sigma < 0:
         parser.error(f"--mean {options.mean} must be at least 1, --sigma {options.sigma} at least 0")
     if options.batch is not None and (options.batch < 1 or options.batch % options.group_size):
@@ -782,17 +750,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for line in missed:
         print(line)
     if options.out:
-        given = sys.argv[1:] if argv is None else list(argv)
-        command = " ".join(["python scripts/bench_rollout.py", *_without_paths(given)])
+        command = command_line("bench_rollout.py", argv)
         record = {"command": command, "machine": facts, "repetitions": options.repetitions, "cases": records}
         options.out.write_text(json.dumps(record | {"missed": missed}, indent=2) + "\n")
     return 1 if missed else 0
-
-
-def _without_paths(arguments: Sequence[str]) -> list[str]:
-    """The command line less the place of the output."""
-    kept = [a for i, a in enumerate(arguments) if a != "--out" and (i == 0 or arguments[i - 1] != "--out")]
-    return [a for a in kept if not a.startswith("--out=")]
 
 
 if __name__ == "__main__":

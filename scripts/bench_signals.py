@@ -13,18 +13,17 @@ freed memory back at once; with glibc's defaults the gaps that the heap keeps ma
 from __future__ import annotations
 
 import argparse
-import ctypes
 import multiprocessing
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
+from measuring import ratio_table, resident_bytes, return_freed_memory, turned
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -99,25 +98,16 @@ def ids_on_gpu(inputs: tuple[Tensor, Tensor, Tensor]) -> bool:
 
 def growth(tokens: int, queue: multiprocessing.Queue) -> None:
     """Peak resident MiB that passes with the probe add to what plain passes needed."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD: what is freed goes back at once
-            libc.mallopt(option, 1 << 16)
+    return_freed_memory()
     torch.set_num_threads(1)
     model, inputs = build("cpu"), batch(tokens, "cpu")
-
-    def peak() -> float:
-        """Of this program; getrusage would start at the peak of the process that started it."""
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 1024
-
-    loaded = peak()
+    loaded = resident_bytes()
     for _ in range(3):
         plain(model, *inputs)
-    forward = peak()
+    forward = resident_bytes()
     for _ in range(3):
         probed(model, *inputs)
-    queue.put((forward - loaded, peak() - forward))
+    queue.put(((forward - loaded) / 2**20, (resident_bytes() - forward) / 2**20))
 
 
 def times_table(options: argparse.Namespace) -> Table:
@@ -125,22 +115,13 @@ def times_table(options: argparse.Namespace) -> Table:
     inputs = batch(options.tokens, options.device)
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for repetition in range(-1, options.repetitions):  # the first warms up
-        names = list(VARIANTS)
-        turn = repetition % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in turned(list(VARIANTS), repetition):
             value = seconds(VARIANTS[name], models[name], inputs)
             if repetition >= 0:
                 times[name].append(value)
     machine = torch.cuda.get_device_name() if options.device == "cuda" else f"{platform.machine()} CPU, 1 thread"
-    table = Table(title=f"{options.tokens} tokens, {LAYERS} layers, {options.repetitions} runs on {machine}")
-    for column in ("pass", "seconds (median)", "ratio min", "median", "max"):
-        table.add_column(column)
-    base = times[next(iter(VARIANTS))]
-    for name, values in times.items():
-        ratios = [value / one for value, one in zip(values, base, strict=True)]
-        figures = (min(ratios), statistics.median(ratios), max(ratios))
-        table.add_row(name, f"{statistics.median(values):.3f}", *(f"{figure:.3f}" for figure in figures))
-    return table
+    title = f"{options.tokens} tokens, {LAYERS} layers, {options.repetitions} runs on {machine}"
+    return ratio_table(title, "pass", times)
 
 
 def main() -> None:

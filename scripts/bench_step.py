@@ -33,18 +33,13 @@ schedule, where it keeps least. `--shape tiny` is there to see the script run.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import dataclasses
 import gc
 import json
 import logging
 import math
 import os
-import platform
-import re
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -57,12 +52,27 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import numpy as np
-import scipy.stats
 import torch
 import transformers
 import trl
 from datasets import Dataset
+from measuring import (
+    CLOCKS,
+    at_least_one,
+    chosen_arms,
+    conclude,
+    interval,
+    keep_freed_memory,
+    machine,
+    markdown_table,
+    mebibytes,
+    memory_apart,
+    now,
+    release_freed_memory,
+    resident_bytes,
+    turned,
+    with_interval,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -73,11 +83,8 @@ from rltok.trainers import CreditConfig, CreditTrainer
 PAD, END, FIRST = 0, 1, 3
 """ids of padding and end of a text, first id of a word"""
 PHASES = ("rollout", "score", "update")
-CLOCKS = ("wall", "cpu")
 PRECISE = 1.1
 """arms with a bound of time below this get more quads"""
-RETURNS_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-"""glibc settings of a process whose memory is measured; other systems ignore them"""
 
 
 # ---- what is compared
@@ -255,15 +262,13 @@ class PhaseClock:
             self._switch(outer)
 
     def _switch(self, phase: str | None) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter(), time.process_time()
+        since = now(self.device)
         if self._phase is not None:
-            self.seconds[self._phase] += now[0] - self._since[0]
-            self.cpu_seconds[self._phase] += now[1] - self._since[1]
+            self.seconds[self._phase] += since[0] - self._since[0]
+            self.cpu_seconds[self._phase] += since[1] - self._since[1]
         if self.peaks is not None:
             self.peaks.switch(self._phase)
-        self._phase, self._since = phase, now
+        self._phase, self._since = phase, since
 
 
 class PhasePeaks:
@@ -284,18 +289,13 @@ def reset_peak(device: str) -> None:
     """Let `peak_bytes` begin anew, where the system can."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
-        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        resident_bytes(reset=True)
 
 
 def peak_bytes(device: str) -> int:
     """Largest memory in use since `reset_peak`: torch's allocator, or the resident set of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        return 1024 * int(re.findall(r"VmHWM:\s*(\d+) kB", status.read_text())[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resident_bytes()
 
 
 class BlockClock(TrainerCallback):
@@ -541,8 +541,8 @@ def measure(
     found = {name: Quads() for name in compared}
     seed = 1
     for repetition in range(repetitions):
-        turn = repetition % max(1, len(compared))
-        order = [name for name in compared[turn:] + compared[:turn] for _ in range(precise if _is_precise(name) else 1)]
+        turns = turned(compared, repetition)
+        order = [name for name in turns for _ in range(precise if _is_precise(name) else 1)]
         for name in order:
             run_quad(bench, ARMS[name].base, name, seed, len(found[name].arm) % 2 == 1, found[name])
             seed += 2
@@ -581,17 +581,12 @@ def memory_of(case: Case, arm: str) -> dict[str, int]:
 
 
 def memory_of_child(case: Case, arm: str) -> dict[str, int]:
-    """`memory_of` in a process of its own, with as many threads as this one.
+    """`memory_of` in a process of its own.
 
     Raises:
         RuntimeError: the process fails.
     """
-    given = json.dumps({"case": dataclasses.asdict(case), "arm": arm, "threads": torch.get_num_threads()})
-    command = [sys.executable, str(Path(__file__).resolve()), "--memory-of", given]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | RETURNS_MEMORY)
-    if done.returncode:
-        raise RuntimeError(f"measuring the memory of {arm} failed:\n{done.stderr[-2000:]}")
-    found: dict[str, int] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, int] = memory_apart(__file__, arm, case=dataclasses.asdict(case), arm=arm)
     return found
 
 
@@ -604,32 +599,7 @@ def measure_memory(case: Case, names: Sequence[str], repetitions: int) -> dict[s
     return found
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD); elsewhere there is nothing to do."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)
-
-
-def release_freed_memory() -> None:
-    """Hand free memory back to the system, so that a baseline holds none of it."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 # ---- figures
-
-
-def interval(values: Sequence[float]) -> dict[str, float | None]:
-    """Median with a 95 % percentile bootstrap interval; without one for a single value."""
-    median = statistics.median(values)
-    if len(values) < 2:
-        return {"median": median, "low": None, "high": None}
-    result = scipy.stats.bootstrap(
-        (np.asarray(values),), np.median, method="percentile", n_resamples=9999, rng=np.random.default_rng(0)
-    ).confidence_interval
-    return {"median": median, "low": float(result.low), "high": float(result.high)}
 
 
 def figures(quads: Quads, windows: int, clock: str) -> dict[str, Any]:
@@ -696,27 +666,20 @@ def unjudged(arms: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def markdown(arms: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the documentation."""
-    lines = [
-        "| arm | ms per step | score | update | step, ratio [95 %] | update, ratio [95 %] | peak MiB | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    columns = ["arm", "ms per step", "score", "update", "step, ratio [95 %]", "update, ratio [95 %]"]
+    columns += ["peak MiB", "ratio"]
+    rows = []
     for name, record in arms.items():
         if "error" in record:
-            lines.append(f"| {name} | did not run | - | - | - | - | - | - |")
+            rows.append([name, "did not run", *["-"] * (len(columns) - 2)])
             continue
         ms = record["milliseconds_per_step"]
-        memory = f"{record['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in record else "-"
         times = [f"{ms[phase]:.1f}" for phase in ("step", "score", "update")]
-        ratio = [_with_interval(record["ratio"][phase]) if record.get("ratio") else "1" for phase in ("step", "update")]
+        found = record.get("ratio")
+        ratio = [with_interval(found[phase], 3) if found else "1" for phase in ("step", "update")]
         share = f"{record['memory_ratio']['median']:.3f}" if "memory_ratio" in record else "-"
-        lines.append(f"| {' | '.join([name, *times, *ratio, memory, share])} |")
-    return "\n".join(lines)
-
-
-def _with_interval(found: Mapping[str, float | None]) -> str:
-    if found["low"] is None:
-        return f"{found['median']:.3f}"
-    return f"{found['median']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+        rows.append([name, *times, *ratio, mebibytes(record.get("peak_bytes")), share])
+    return markdown_table(columns, rows)
 
 
 # ---- the command
@@ -727,17 +690,6 @@ def case_of(shape: str, device: str, **changes: Any) -> Case:
     own = SHAPES[shape]
     settings = {name: getattr(own, name) for name in ("prompt", "mean", "longest", "rows", "group", "checkpointing")}
     return Case(shape, device, **settings | {name: value for name, value in changes.items() if value is not None})
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Where the figures come from."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl.__version__}
-    if device == "cuda":
-        return {"device": torch.cuda.get_device_name(), **versions}
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.*)", info.read_text()) if info.exists() else []
-    name = names[0] if names else platform.machine()
-    return {"device": name, "cores": os.cpu_count(), "threads": torch.get_num_threads(), **versions}
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -766,14 +718,8 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(argv)
     options.shape = options.shape or ("0.5b" if options.device == "cuda" else "small")
     options.fresh = options.device == "cuda" if options.fresh is None else options.fresh
-    names = options.arms.split(",") if options.arms else list(ARMS)
-    unknown = sorted(set(names) - set(ARMS))
-    if unknown:
-        parser.error(f"--arms {', '.join(unknown)} unknown; allowed: {', '.join(ARMS)}")
-    options.arms = with_bases(names)
-    for name in ("threads", "repetitions", "precise", "accumulation", "windows"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)} must be at least 1")
+    options.arms = with_bases(chosen_arms(parser, options.arms, ARMS))
+    at_least_one(parser, options, ("threads", "repetitions", "precise", "accumulation", "windows"))
     options.case = case_of(
         options.shape,
         options.device,
@@ -861,7 +807,7 @@ def run(options: argparse.Namespace) -> int:
     running = [name for name in options.arms if name not in errors]
     memory = measure_memory(options.case, running, options.memory_repetitions)
     arms = records(found, errors, memory, options)
-    facts = machine(options.device)
+    facts = machine(options.device, torch, transformers, trl)
     case = options.case
     lengths = case.lengths(0)
     print(
@@ -872,22 +818,8 @@ def run(options: argparse.Namespace) -> int:
     print(markdown(arms))
     for name, why in errors.items():
         print(f"{name} did not run: {why}")
-    missed = failures(arms) if options.check else []
-    for line in missed:
-        print(f"MISSED {line}")
-    if options.check:
-        for line in unjudged(arms):
-            print(f"not judged: {line}")
-    if options.json:
-        record = {
-            "machine": facts,
-            "case": dataclasses.asdict(case),
-            "settings": {name: getattr(options, name) for name in ("repetitions", "precise", "clock", "fresh")},
-            "arms": arms,
-            "missed": missed,
-        }
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if missed else 0
+    missed, without = (failures(arms), unjudged(arms)) if options.check else ([], [])
+    return conclude(options, facts, arms, ("repetitions", "precise", "clock", "fresh"), missed, without)
 
 
 if __name__ == "__main__":

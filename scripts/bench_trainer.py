@@ -12,7 +12,6 @@ import argparse
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -22,8 +21,8 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import transformers
+from measuring import ratio_table, turned
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
@@ -102,24 +101,15 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
 
-    baseline = next(iter(VARIANTS))
-    seconds(baseline, 0, 1, args.device)  # imports, caches and kernels are warm from here on
+    seconds(next(iter(VARIANTS)), 0, 1, args.device)  # imports, caches and kernels are warm from here on
     times: dict[str, list[float]] = {name: [] for name in VARIANTS}
     for repetition in range(args.repetitions):
-        names = list(VARIANTS)
-        turn = repetition % len(names)
-        for name in names[turn:] + names[:turn]:
+        for name in turned(list(VARIANTS), repetition):
             times[name].append(seconds(name, repetition, args.rollouts, args.device))
 
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.machine()}, {os.cpu_count()} cores"
-    table = Table(title=f"{args.repetitions} repetitions of {args.rollouts} rollouts on {machine}")
-    for column in ("variant", "seconds (median)", "ratio min", "median", "max"):
-        table.add_column(column)
-    for name, values in times.items():
-        ratios = [value / base for value, base in zip(values, times[baseline], strict=True)]
-        figures = (min(ratios), statistics.median(ratios), max(ratios))
-        table.add_row(name, f"{statistics.median(values):.2f}", *(f"{figure:.3f}" for figure in figures))
-    Console().print(table)
+    title = f"{args.repetitions} repetitions of {args.rollouts} rollouts on {machine}"
+    Console().print(ratio_table(title, "variant", times, digits=2))
 
 
 if __name__ == "__main__":

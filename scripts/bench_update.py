@@ -17,11 +17,9 @@ Models: `small` has 4 layers (hidden 256, vocabulary 8192), `0.5b` the shape of 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import logging
 import os
 import platform
-import statistics
 import tempfile
 import time
 import warnings
@@ -33,8 +31,8 @@ import torch
 import transformers
 import trl.trainer.utils
 from datasets import Dataset
+from measuring import keep_freed_memory, ratio_table, turned
 from rich.console import Console
-from rich.table import Table
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, PrinterCallback, Qwen2Config, Qwen2ForCausalLM, TrainerCallback
 
@@ -90,14 +88,6 @@ def now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def keep_freed_memory() -> None:
-    """Tell glibc to keep large blocks (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD); elsewhere there is nothing to do."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for option in (-3, -1):
-            libc.mallopt(option, 1 << 30)
 
 
 def random_reward(completions: list[str], **_: Any) -> list[float]:
@@ -174,9 +164,7 @@ def main() -> None:
         trainers = {name: build(selection, options, folder) for name, selection in VARIANTS.items()}
         times: dict[str, list[float]] = {name: [] for name in VARIANTS}
         for repetition in range(-1, options.repetitions):  # the first warms up
-            names = list(VARIANTS)
-            turn = repetition % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in turned(list(VARIANTS), repetition):
                 value = seconds(*trainers[name], seed=repetition + 1)
                 if repetition >= 0:
                     times[name].append(value)
@@ -185,15 +173,8 @@ def main() -> None:
     machine = torch.cuda.get_device_name() if cuda else f"{platform.machine()} CPU, {options.threads} thread(s)"
     rows = options.batch * ACCUMULATION * WINDOWS
     length = options.prompt + options.completion
-    table = Table(title=f"{rows} rollouts of {length} tokens, {options.model}, {options.repetitions} runs on {machine}")
-    for column in ("update phase with", "seconds (median)", "ratio min", "median", "max"):
-        table.add_column(column)
-    base = times[next(iter(VARIANTS))]
-    for name, values in times.items():
-        ratios = [value / full for value, full in zip(values, base, strict=True)]
-        figures = (min(ratios), statistics.median(ratios), max(ratios))
-        table.add_row(name, f"{statistics.median(values):.3f}", *(f"{figure:.3f}" for figure in figures))
-    Console(width=110).print(table)
+    title = f"{rows} rollouts of {length} tokens, {options.model}, {options.repetitions} runs on {machine}"
+    Console(width=110).print(ratio_table(title, "update phase with", times))
 
 
 if __name__ == "__main__":

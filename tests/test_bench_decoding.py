@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import pytest
+from tests_support import load_script
 
 from rltok.sampling import DECODING
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_decoding.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_decoding", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["bench_decoding"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("bench_decoding")
 
 
 def test_figures_of_a_tiny_run(tmp_path, capsys):

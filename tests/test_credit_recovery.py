@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-import sys
-from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tests_support import load_script
 
 from rltok.batch import TokenBatch
 from rltok.credit.preplan_anchor import PreplanAnchor
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "credit_recovery.py"
-
-
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("credit_recovery", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["credit_recovery"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("credit_recovery")
 
 
 def language_rollouts(rows: int = 256, seed: int = 0):

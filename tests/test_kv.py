@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from kv_support import HEADS, KEY_HEADS, LAYERS, NEW, build, greedy, in_loop, random_prompts, replaced
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rltok.config import ConfigError
-from rltok.fast import LoopSettings, generate_rows
 from rltok.kv import (
     H2O,
     RKV,
@@ -33,8 +31,6 @@ from rltok.kv import (
 )
 
 LENGTHS = (5, 17, 33, 26)
-NEW = 24
-HEADS, KEY_HEADS, LAYERS = 4, 2, 3
 POLICIES: dict[str, KVPolicy] = {
     "streaming": StreamingLLM(sink=2, recent=10, interval=1),
     "streaming_interval": StreamingLLM(sink=2, recent=10, interval=7),
@@ -50,27 +46,6 @@ POLICIES: dict[str, KVPolicy] = {
 }
 
 
-def build(kind: str) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "attn_implementation": "sdpa",
-    }
-    torch.manual_seed(1)
-    model = Qwen3ForCausalLM(Qwen3Config(**sizes)) if kind == "qwen3" else LlamaForCausalLM(LlamaConfig(**sizes))
-    with torch.no_grad():  # sharp enough for attention to prefer some tokens
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
 def model(request: pytest.FixtureRequest) -> Any:
     return build(request.param)
@@ -78,32 +53,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 97, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def padded(rows: list[list[int]], extra: int = 0) -> dict[str, Tensor]:
-    width = max(map(len, rows)) + extra
-    return {
-        "input_ids": torch.tensor([[0] * (width - len(row)) + row for row in rows]),
-        "attention_mask": torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-    }
-
-
-def greedy(model: Any, rows: list[list[int]], extra: int = 0, **options: Any) -> tuple[list[list[int]], Tensor]:
-    """Generated ids, and (rows, NEW, V) logits."""
-    given = padded(rows, extra)
-    output = model.generate(
-        **given,
-        max_new_tokens=NEW,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-        **options,
-    )
-    return output.sequences[:, given["input_ids"].size(1) :].tolist(), torch.stack(output.logits, 1)
+    return random_prompts(LENGTHS)
 
 
 # Exactness
@@ -148,10 +98,7 @@ def test_the_loop_gives_what_generate_gives(model: Any, prompts: Any, name: str,
     policy = POLICIES[name]
     with attach(model, policy):
         ids, _ = greedy(model, prompts)
-    settings = LoopSettings(max_new_tokens=NEW, end_ids=(), temperature=0.0, max_rows=rows, prefill_chunk=20)
-    with watched_attention(model):
-        result = generate_rows(model, prompts * 2, None, settings, cache=partial(PolicyCache, policy=policy))
-    assert result.ids == ids * 2
+    assert in_loop(model, policy, prompts * 2, max_rows=rows).ids == ids * 2
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -286,7 +233,6 @@ class Simulation:
 @contextmanager
 def restricted(visible: list[Tensor], before: Callable[..., None]) -> Iterator[None]:
     """Attention of one row, without a cache, over what is visible to each key head; float64 where it matters."""
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **kwargs: Any) -> Any:
         scaling = kwargs["scaling"]
@@ -297,12 +243,8 @@ def restricted(visible: list[Tensor], before: Callable[..., None]) -> Iterator[N
         weights = (query[0] @ keys.transpose(-1, -2) * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
         return (weights @ values)[None].transpose(1, 2), None
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-    try:
+    with replaced("sdpa", attention):
         yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
 
 
 # Worked numbers

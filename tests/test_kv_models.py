@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kv_support import padded
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen3Config, Qwen3ForCausalLM
@@ -53,14 +54,12 @@ def loop(model: Any, policy: KVPolicy | None, **options: Any) -> list[list[int]]
 
 
 def generated(model: Any, policy: KVPolicy, prompts: list[list[int]], **options: Any) -> list[list[int]]:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    given = padded(prompts)
     settings = {"max_new_tokens": 20, "do_sample": False, "pad_token_id": 0, "eos_token_id": None} | options
     torch.manual_seed(0)
     with attach(model, policy):
-        found = model.generate(input_ids=ids, attention_mask=mask, **settings)
-    return found[:, width:].tolist()
+        found = model.generate(**given, **settings)
+    return found[:, given["input_ids"].size(1) :].tolist()
 
 
 @pytest.mark.parametrize("policy", SMALL, ids=lambda policy: type(policy).__name__)

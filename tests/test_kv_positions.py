@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from kv_support import HEADS, KEY_HEADS, LAYERS, NEW, greedy, in_loop, padded, random_prompts, replaced, sharpened
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rltok.fast import LoopSettings, generate_rows
 from rltok.kv import H2O, RKV, CompressKV, KVPolicy, PolicyCache, SnapKV, StreamingLLM, attach, watched_attention
 from rltok.kv.rotary import layer_inv_freq, model_inv_freq, moves, rotate_keys
 
-NEW = 24
-LAYERS, HEADS, KEY_HEADS = 3, 4, 2
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128, "rope_theta": 10000.0}
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
 POLICIES: dict[str, KVPolicy] = {
@@ -51,12 +46,7 @@ def config_of(kind: str, **options: Any) -> Any:
 
 def build(kind: str, **options: Any) -> Any:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(config_of(kind, **options), attn_implementation="sdpa")
-    with torch.no_grad():  # sharp enough for attention to prefer some tokens
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model.eval()
+    return sharpened(AutoModelForCausalLM.from_config(config_of(kind, **options), attn_implementation="sdpa"))
 
 
 @pytest.fixture(scope="module", params=["qwen3", "llama", "llama-yarn", "qwen3-linear", "stablelm"])
@@ -68,8 +58,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 97, (length,), generator=generator).tolist() for length in (5, 17, 33)]
+    return random_prompts((5, 17, 33))
 
 
 # References
@@ -86,12 +75,10 @@ def turned(x: Tensor, at: Tensor, inv_freq: Tensor) -> Tensor:
 
 def decode(model: Any, rows: list[list[int]], policy: KVPolicy, new: int) -> tuple[list[list[int]], Tensor, list[Any]]:
     """Greedy ids, (rows, new, V) logits, and kept[step][layer][row] -> (Hkv, n) numbers of tokens before a step."""
-    width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids, mask = padded(rows).values()
     at = (mask.cumsum(1) - 1).clamp(min=0)
     cache = PolicyCache(model.config, len(rows), policy=policy)
-    cache.begin([width - len(row) for row in rows])
+    cache.begin([ids.size(1) - len(row) for row in rows])
     out, logits, kept = [], [], []
     with watched_attention(model), torch.no_grad():
         for _ in range(new):
@@ -135,24 +122,13 @@ def reference(model: Any, prompt: list[int], ids: list[int], kept: Callable[[int
                 out[head, at] = weights.softmax(0) @ values[of, seen]
         return out.to(query.dtype)[None].transpose(1, 2), None
 
-    with replaced(attention), torch.no_grad():
+    with replaced("sdpa", attention), torch.no_grad():
         logits = model(input_ids=tokens, use_cache=False).logits
     return logits[0, len(prompt) - 1 :], furthest
 
 
 def frequencies(model: Any, layer: int) -> Tensor:
     return model.model.rotary_emb.inv_freq
-
-
-@contextmanager
-def replaced(attention: Callable[..., Any]) -> Iterator[None]:
-    original = ALL_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is original
 
 
 def streaming_kept(policy: StreamingLLM, prompt: int, step: int) -> list[int]:
@@ -197,27 +173,9 @@ def test_equal_to_attention_over_the_kept_tokens_at_cache_positions(model: Any, 
 def test_the_loop_gives_what_generate_gives(model: Any, prompts: Any, name: str, rows: int | None) -> None:
     policy = POLICIES[name]
     expected, _, _ = decode(model, prompts, policy, NEW)
-    settings = LoopSettings(max_new_tokens=NEW, end_ids=(), temperature=0.0, max_rows=rows, prefill_chunk=20)
-    with watched_attention(model):
-        result = generate_rows(model, prompts * 2, None, settings, cache=partial(PolicyCache, policy=policy))
-    assert result.ids == expected * 2
+    assert in_loop(model, policy, prompts * 2, max_rows=rows).ids == expected * 2
     with attach(model, policy):
         assert greedy(model, prompts)[0] == expected
-
-
-def greedy(model: Any, rows: list[list[int]], new: int = NEW) -> tuple[list[list[int]], Tensor]:
-    width = max(map(len, rows))
-    output = model.generate(
-        input_ids=torch.tensor([[0] * (width - len(row)) + row for row in rows]),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        max_new_tokens=new,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return output.sequences[:, width:].tolist(), torch.stack(output.logits, 1)
 
 
 def test_nothing_evicted_is_the_dense_cache_bit_for_bit(model: Any, prompts: Any) -> None:

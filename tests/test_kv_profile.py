@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_kv import LAYERS, build
+from kv_support import LAYERS, build
 from tests_support import build_tokenizer
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM

@@ -4,27 +4,22 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from kv_support import LAYERS, NEW, build, greedy, in_loop, random_prompts, replaced
 from torch import Tensor
 from transformers import (
     DynamicCache,
     LlamaConfig,
-    LlamaForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rltok.config import ConfigError, build_typed
-from rltok.fast import LoopSettings, generate_rows
 from rltok.kv import PolicyCache, StreamingLLM, attach, watched_attention
 from rltok.kv.razor_attention import RazorAttention, compensated_attention, dropped_tokens
 from rltok.kv.razor_layer import RazorLayer
@@ -32,8 +27,8 @@ from rltok.kv.razor_profile import head_count, razor_profile, retrieval_heads, r
 from rltok.kv.tables import ModelFacts, RazorTable, write_table
 
 LENGTHS = (3, 17, 33, 26)
-NEW = 24
-HEADS, KEY_HEADS, LAYERS = 6, 3, 3
+HEADS, KEY_HEADS = 6, 3
+SIZES = {"hidden_size": 60, "num_attention_heads": HEADS, "num_key_value_heads": KEY_HEADS}
 FULL = {0: [2], 2: [0, 2]}
 """one full head, none, and a pair that is not adjacent"""
 POLICIES: dict[str, RazorAttention] = {
@@ -48,71 +43,21 @@ POLICIES: dict[str, RazorAttention] = {
 }
 
 
-def build(kind: str) -> Any:
-    sizes: dict[str, Any] = {
-        "vocab_size": 97,
-        "hidden_size": 60,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": KEY_HEADS,
-        "head_dim": 16,
-        "max_position_embeddings": 512,
-        "attn_implementation": "sdpa",
-    }
-    torch.manual_seed(1)
-    if kind == "llama":
-        model: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    elif kind == "qwen3":
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes))
-    else:
-        types = ["full_attention", "sliding_attention", "full_attention"]
-        options = {"use_sliding_window": True, "sliding_window": 8, "layer_types": types}
-        model = Qwen3ForCausalLM(Qwen3Config(**sizes, **options))
-    with torch.no_grad():  # sharp enough for attention to prefer some tokens
-        for parameter in model.parameters():
-            if parameter.dim() > 1:
-                parameter.mul_(6)
-    return model.eval()
-
-
 @pytest.fixture(scope="module", params=["qwen3", "llama"])
 def model(request: pytest.FixtureRequest) -> Any:
-    return build(request.param)
+    return build(request.param, **SIZES)
 
 
 @pytest.fixture(scope="module")
 def hybrid() -> Any:
     """Full, sliding, full."""
-    return build("hybrid")
+    types = ["full_attention", "sliding_attention", "full_attention"]
+    return build("qwen3", **SIZES, use_sliding_window=True, sliding_window=8, layer_types=types)
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(5, 97, (length,), generator=generator).tolist() for length in LENGTHS]
-
-
-def greedy(model: Any, rows: list[list[int]], extra: int = 0) -> tuple[list[list[int]], Tensor]:
-    """Generated ids, and (rows, NEW, V) logits, of rows padded on the left."""
-    width = max(map(len, rows)) + extra
-    output = model.generate(
-        input_ids=torch.tensor([[0] * (width - len(row)) + row for row in rows]),
-        attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows]),
-        max_new_tokens=NEW,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return output.sequences[:, width:].tolist(), torch.stack(output.logits, 1)
-
-
-def in_loop(model: Any, policy: RazorAttention, rows: list[list[int]], **options: Any) -> Any:
-    settings = LoopSettings(max_new_tokens=NEW, end_ids=(), temperature=0.0, prefill_chunk=20, **options)
-    with watched_attention(model):
-        return generate_rows(model, rows, None, settings, cache=partial(PolicyCache, policy=policy))
+    return random_prompts(LENGTHS)
 
 
 # Exactness
@@ -191,18 +136,6 @@ def lost(total: int, prompt: int, policy: RazorAttention) -> list[list[int]]:
     return found
 
 
-@contextmanager
-def replaced(name: str, function: Any) -> Iterator[None]:
-    """Another attention function under a name."""
-    before = ALL_ATTENTION_FUNCTIONS[name]
-    ALL_ATTENTION_FUNCTIONS[name] = function
-    try:
-        yield
-    finally:
-        del ALL_ATTENTION_FUNCTIONS[name]
-        assert ALL_ATTENTION_FUNCTIONS[name] is before
-
-
 # Batches
 
 
@@ -233,9 +166,7 @@ def test_rows_that_leave_early_change_nothing(model: Any, prompts: Any) -> None:
     policy = POLICIES["ratio"]
     free = in_loop(model, policy, prompts * 2).ids
     ends = (free[0][4], free[2][9])
-    settings = LoopSettings(max_new_tokens=NEW, end_ids=ends, temperature=0.0, max_rows=3)
-    with watched_attention(model):
-        result = generate_rows(model, prompts * 2, None, settings, cache=partial(PolicyCache, policy=policy))
+    result = in_loop(model, policy, prompts * 2, end_ids=ends, max_rows=3, prefill_chunk=2048)
     for ids, whole in zip(result.ids, free, strict=True):
         stop = next((at for at, token in enumerate(whole) if token in ends), NEW - 1)
         assert ids == whole[: stop + 1]
