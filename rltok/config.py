@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import enum
 import functools
 import inspect
 import json
@@ -156,17 +157,18 @@ def convert(hint: Any, value: Any, path: str) -> Any:
     if adapter is None:
         return value
     try:
-        return _validate(adapter, _as_word(hint, value))
+        return _validate(adapter, as_word(hint, value))
     except ValidationError as error:
         raise ConfigError(f"{path}: {_explain(hint, value, error)}", path) from None
 
 
-def _as_word(hint: Any, value: Any) -> Any:
-    """The word of a `Literal` that YAML read as a boolean: an unquoted off, no, on or yes."""
+def as_word(hint: Any, value: Any) -> Any:
+    """The word of a `Literal` or an enum that YAML read as a boolean: an unquoted off, no, on or yes."""
     parts = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     if not isinstance(value, bool) or bool in parts:
         return value
     listed = [word for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    listed += [one.value for part in parts if isinstance(part, type) and issubclass(part, enum.Enum) for one in part]
     words = ("on", "yes", "true") if value else ("off", "no", "false")
     return next((word for word in words if word in listed), value)
 

@@ -22,7 +22,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rltok.batching import BatchingConfig
-from rltok.config import ConfigError, build, build_typed, check_keys, convert, hints, join, lookup_type, suggestion
+from rltok.config import (
+    ConfigError,
+    as_word,
+    build,
+    build_typed,
+    check_keys,
+    convert,
+    hints,
+    join,
+    lookup_type,
+    suggestion,
+)
 from rltok.expect import check_syntax
 from rltok.faults import FaultsConfig
 from rltok.launch import LaunchConfig
@@ -570,6 +581,7 @@ def _check_training(values: Mapping[str, Any]) -> dict[str, Any]:
     values = without_nulls(CreditConfig, values)
     fields = [f.name for f in dataclasses.fields(CreditConfig) if f.init and f.name not in ELSEWHERE]
     check_keys(values, fields, "training")
+    values = {key: as_word(hints(CreditConfig)[key], value) for key, value in values.items()}
     for key, value in values.items():
         convert(hints(CreditConfig)[key], value, f"training.{key}")
     return values

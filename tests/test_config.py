@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, Literal
 
 import pytest
@@ -148,6 +149,11 @@ def test_every_field_of_the_trainer_config_keeps_its_default() -> None:
     assert checked > 150
 
 
+class Saving(StrEnum):
+    NO = "no"
+    STEPS = "steps"
+
+
 @pytest.mark.parametrize(
     ("hint", "value", "found"),
     [
@@ -155,6 +161,7 @@ def test_every_field_of_the_trainer_config_keeps_its_default() -> None:
         (Literal["on", "off"], True, "on"),
         (Literal["yes", "no"] | None, False, "no"),
         (Literal["on", "off"] | bool, True, True),
+        (Saving | str, False, "no"),
     ],
 )
 def test_a_word_that_yaml_reads_as_a_boolean_is_that_word(hint: Any, value: bool, found: Any) -> None:

@@ -55,6 +55,13 @@ def test_shipped_recipe_checks_and_loads_back_equal(name: str, folder: Path) -> 
     assert reload(recipe, folder) == recipe
 
 
+def test_words_that_yaml_reads_as_booleans_need_no_quotes() -> None:
+    recipe = load_recipe("smoke", ["training.save_strategy=no", "rollout.correction.mode=off", "report.progress=off"])
+    assert recipe.training["save_strategy"] == "no" and recipe.report.progress == "off"
+    assert recipe.rollout is not None and recipe.rollout["correction"]["mode"] == "off"
+    assert check_combination(recipe).save_strategy == "no"
+
+
 def test_demo_is_hapo_with_several_updates_per_rollout() -> None:
     demo, dapo = load_recipe("demo"), load_recipe("dapo")
     assert demo.objective["type"] == "hapo" and demo.objective["alpha"] == demo.objective["beta"] == 1.0
