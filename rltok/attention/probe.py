@@ -616,9 +616,10 @@ def block_weights(
     if sliding_window is not None and stop - sliding_window > first_key:
         edge = slice(0, stop - sliding_window - first_key)
         scores[..., edge].masked_fill_(t - index[edge] >= sliding_window, lowest)
-    if region.last_left_pad > first_key:  # causality hides right padding from every row of R
-        edge = slice(0, region.last_left_pad - first_key)
-        padding = ~region.valid[:, first_key : region.last_left_pad]
+    last_pad = min(region.last_left_pad, stop)
+    if last_pad > first_key:  # causality hides right padding from every row of R
+        edge = slice(0, last_pad - first_key)
+        padding = ~region.valid[:, first_key:last_pad]
         scores[..., edge].masked_fill_(padding[:, None, None], lowest)
     torch.softmax(scores, -1, out=weights)
     return weights, first_key
