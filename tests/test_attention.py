@@ -192,6 +192,19 @@ def test_blocks_chunks_and_horizons(name, horizon, settings):
         close(stats, dense_statistics(maps, mask, response, window, horizon), 1e-11)
 
 
+def test_padding_longer_than_a_block_of_queries():
+    """Queries of a whole row, of which another one begins far to the right: blocks end before that row begins."""
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(tiny(Qwen3Config)).eval()
+    ids = torch.randint(3, 40, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[0, :30] = 0
+    stats = attention_statistics(model, ids, mask, mask, (1,), 4, (2, 9), 8)
+    alone = attention_statistics(model, ids[:1, 30:], mask[:1, 30:], mask[:1, 30:], (1,), 4, (2, 9), 8)
+    torch.testing.assert_close(stats.waad[:1, :, 30:], alone.waad, atol=1e-5, rtol=0)
+    torch.testing.assert_close(stats.fai_sum[:1, :, 30:], alone.fai_sum, atol=1e-5, rtol=0)
+
+
 def test_response_may_span_all_columns():
     ids, mask, _ = make_batch()
     model = make_model(dtype=torch.float64)
@@ -256,19 +269,6 @@ def test_a_padded_batch_equals_each_row_alone(name):
 @pytest.mark.parametrize(
     ("prompts", "completions"), [([9, 5], [0, 1]), ([9, 0], [0, 0]), ([3, 0], [1, 0]), ([4], [0]), ([0], [1])]
 )
-def test_padding_longer_than_a_block_of_queries():
-    """Queries of a whole row, of which another one begins far to the right: blocks end before that row begins."""
-    torch.manual_seed(0)
-    model = Qwen3ForCausalLM(tiny(Qwen3Config)).eval()
-    ids = torch.randint(3, 40, (2, 40))
-    mask = torch.ones_like(ids)
-    mask[0, :30] = 0
-    stats = attention_statistics(model, ids, mask, mask, (1,), 4, (2, 9), 8)
-    alone = attention_statistics(model, ids[:1, 30:], mask[:1, 30:], mask[:1, 30:], (1,), 4, (2, 9), 8)
-    torch.testing.assert_close(stats.waad[:1, :, 30:], alone.waad, atol=1e-5, rtol=0)
-    torch.testing.assert_close(stats.fai_sum[:1, :, 30:], alone.fai_sum, atol=1e-5, rtol=0)
-
-
 def test_completions_of_no_and_one_token_and_rows_of_padding(prompts, completions):
     ids, mask, response = make_batch(prompts=prompts, completions=completions)
     model = make_model()
