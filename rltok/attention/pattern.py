@@ -17,7 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,7 +187,7 @@ def patternable_modules(model: nn.Module) -> list[nn.Module]:
         for module in core.modules()
         if isinstance(getattr(module, "layer_idx", None), int) and hasattr(module, "is_causal")
     ]
-    if sorted(int(module.layer_idx) for module in modules) != list(range(layers)):  # type: ignore[arg-type]
+    if sorted(cast(int, module.layer_idx) for module in modules) != list(range(layers)):
         raise ValueError(
             f"{type(core).__name__} has {len(modules)} attention modules that name their layer, but {layers} layers; a "
             "pattern needs one per layer"
