@@ -79,6 +79,26 @@ def train(recipe: RecipeArgument, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def sft(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Print the recipe with every default filled in; train nothing.")
+    ] = False,
+) -> None:
+    """Fine-tune a model on texts by a recipe, in full precision or aware of the rounding to come (EdgeQAT)."""
+    from rltok.sft_recipe import load_sft_recipe
+
+    loaded = load_sft_recipe(recipe, overrides or ())
+    if resolved:
+        console.print(Text(loaded.to_yaml().rstrip()), soft_wrap=True)
+        return
+    from rltok.sft import sft as run_recipe
+
+    raise typer.Exit(run_recipe(loaded, console))
+
+
+@app.command()
 def launch(
     recipe: RecipeArgument,
     overrides: Overrides = None,
@@ -169,7 +189,7 @@ def evaluate_checkpoint(
     """Held-out rewards of a checkpoint, by the data, rewards and evaluation settings of its recipe."""
     from rltok.files import write_json
     from rltok.recipe import load_recipe
-    from rltok.run import evaluate_path
+    from rltok.run import evaluate_path, evaluation_parts
 
     found = recipe or _recipe_of(checkpoint)
     loaded = load_recipe(found, [*(overrides or ()), f"model.path={json.dumps(str(checkpoint))}"])
@@ -182,7 +202,8 @@ def evaluate_checkpoint(
         table.add_row(name, f"{value:.4f}")
     console.print(table)
     if output is not None:
-        write_json(output, {"checkpoint": str(checkpoint), "means": result.means, "rows": result.rows})
+        facts = {"checkpoint": str(checkpoint), "settings": evaluation_parts(loaded)}
+        write_json(output, facts | {"means": result.means, "rows": result.rows})
 
 
 def _recipe_of(checkpoint: Path) -> str:
@@ -688,12 +709,132 @@ def profile(
 
 
 @app.command()
+def quantize(
+    checkpoint: Probed,
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="The directory to write; must not exist.")],
+    overrides: Overrides = None,
+    method: Annotated[
+        Literal["rsq", "gptq", "rtn"],
+        typer.Option("--method", help="GPTQ with tokens weighed by importance, plain GPTQ, or rounding to nearest."),
+    ] = "rsq",
+    bits: Annotated[int, typer.Option("--bits", help="Of a weight, 2 to 8.")] = 4,
+    group_size: Annotated[
+        int, typer.Option("--group-size", help="Weights of a row that share a scale; -1: the whole row.")
+    ] = 128,
+    calibration: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--calibration",
+            metavar="FILE",
+            help="JSON lines or Parquet: column text, or prompt and completion; repeatable. Default: the model's own "
+            "rollouts on the recipe's training prompts.",
+        ),
+    ] = None,
+    eval_text: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--eval-text",
+            metavar="FILE",
+            help="Held-out texts, likewise; repeatable. Default: own rollouts on the recipe's held-out prompts.",
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            help="Recipe whose prompts are completed, and whose held-out rows and rewards give the accuracy; "
+            "tiny-reasoner has its demo.",
+        ),
+    ] = None,
+    rows: FirstRows = None,
+    samples: Annotated[int, typer.Option("--samples", help="Calibration sequences, and held-out ones at most.")] = 128,
+    length: Annotated[
+        int | None, typer.Option("--length", help="Tokens of a sequence at most; default 2048, or the model's context.")
+    ] = None,
+    chat: AsChat = False,
+    rotation: Annotated[
+        Literal["hadamard", "orthogonal", "none"] | None,
+        typer.Option("--rotation", help="Of the residual stream before; default: hadamard for rsq, else none."),
+    ] = None,
+    importance: Annotated[
+        str | None,
+        typer.Option("--importance", metavar="SCORE", help="rsq: what weighs tokens; default attention_concentration."),
+    ] = None,
+    r_min: Annotated[
+        float | None,
+        typer.Option("--r-min", help="rsq: importance of a sequence's least token; default 0.01, unrotated 0.1."),
+    ] = None,
+    r_max: Annotated[float | None, typer.Option("--r-max", help="rsq: of its first; default 1.")] = None,
+    power: Annotated[
+        int | None, typer.Option("--power", help="rsq: weights are importance to the power 1 (default) or 2.")
+    ] = None,
+    discount: Annotated[
+        Literal["linear", "root"] | None,
+        typer.Option("--discount", help="rsq: divide scores by the queries that see the token, or by their root."),
+    ] = None,
+    expansion: Annotated[
+        int | None,
+        typer.Option("--expansion", help="Times a sequence is used, rolled; default 8 for rsq, else 1."),
+    ] = None,
+    clip_search: Annotated[
+        bool, typer.Option("--clip-search/--no-clip-search", help="Choose scales among 80 shrunk ones.")
+    ] = True,
+    percdamp: Annotated[
+        float, typer.Option("--percdamp", help="Damping of the Hessian, share of its mean diagonal.")
+    ] = 0.01,
+    batch_size: Annotated[int, typer.Option("--batch-size", help="Sequences computed at once.")] = 8,
+    seed: Annotated[int, typer.Option("--seed", help="Of the calibration's choice and rollouts, and rotation.")] = 0,
+    format: Annotated[
+        Literal["compressed-tensors", "dequantized"],
+        typer.Option("--format", help="Packed codes, or plain weights that load anywhere and save nothing."),
+    ] = "compressed-tensors",
+    picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Draw quality.png and quality.svg.")] = True,
+    dtype: WeightType = "auto",
+) -> None:
+    """Weights in few bits by RSQ, GPTQ or rounding: a checkpoint that transformers loads, and what it cost."""
+    from rltok.quantize import QuantizeOptions, run_quantize
+
+    options = QuantizeOptions(
+        checkpoint=checkpoint,
+        out=out,
+        method=method,
+        bits=bits,
+        group_size=group_size,
+        calibration=tuple(calibration or ()),
+        eval_text=tuple(eval_text or ()),
+        recipe=recipe,
+        overrides=tuple(overrides or ()),
+        rows=rows,
+        samples=samples,
+        length=length,
+        chat=chat,
+        rotation=rotation,
+        importance=importance,
+        r_min=r_min,
+        r_max=r_max,
+        power=power,
+        discount=discount,
+        expansion=expansion,
+        clip_search=clip_search,
+        percdamp=percdamp,
+        batch_size=batch_size,
+        seed=seed,
+        format=format,
+        picture=picture,
+        dtype=dtype,
+    )
+    raise typer.Exit(run_quantize(options, console))
+
+
+@app.command()
 def methods() -> None:
     """Every method of the four doors and every reward, with options and defaults."""
     from rltok.correction import CorrectionConfig
     from rltok.credit import CREDIT
     from rltok.kv import POLICIES, HoldConfig, KVConfig
     from rltok.objective import OBJECTIVE
+    from rltok.quant import RolloutQuantSpec
+    from rltok.quant.config import NoiseConfig, QuantConfig
     from rltok.rewards import REWARDS
     from rltok.rollout import DynamicSamplingConfig, RolloutConfig
     from rltok.sampling import DECODING
@@ -720,6 +861,9 @@ def methods() -> None:
     sections = {
         "kv": KVConfig,
         "kv.hold": HoldConfig,
+        "quant": QuantConfig,
+        "quant: weights": RolloutQuantSpec,
+        "quant.noise": NoiseConfig,
         "steering": SteeringConfig,
         "correction": CorrectionConfig,
         "dynamic_sampling": DynamicSamplingConfig,
@@ -727,7 +871,7 @@ def methods() -> None:
     }
     console.print(Text(f"rollout: {_options(RolloutConfig, skip=('decoding', *sections))}"))
     for name, cls in sections.items():
-        console.print(Text(f"rollout.{name}: {_options(cls, skip=('policy', 'hold'))}"))
+        console.print(Text(f"rollout.{name}: {_options(cls, skip=('policy', 'hold', 'spec', 'noise'))}"))
     console.print("training: every field of TRL's GRPOConfig, such as loss_type, epsilon, epsilon_high, delta")
 
 
@@ -744,6 +888,12 @@ def recipes() -> None:
     table.add_column("recipe", no_wrap=True)
     table.add_column("what it is")
     for name, line in shipped_recipes().items():
+        table.add_row(name, Text(line))
+    console.print(table)
+    table = Table(title="of rltok sft", title_justify="left")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what it is")
+    for name, line in shipped_recipes(CONFIG_DIR / "sft").items():
         table.add_row(name, Text(line))
     console.print(table)
     console.print(f"in {CONFIG_DIR}", highlight=False, soft_wrap=True)

@@ -26,6 +26,7 @@ from rltok.fast import LoopMetrics, LoopProgress, LoopSettings, generate_rows, r
 from rltok.kv import KVPolicy, PolicyCache, attach, policy_cache
 from rltok.kv.attach import base_model
 from rltok.kv.attention import implementation
+from rltok.quant import QuantizedShadow, RolloutQuantSpec
 from rltok.sampling import (
     DECODING,
     DecodingContext,
@@ -108,6 +109,7 @@ def complete(
     record: bool = False,
     steering: SteeringConfig | None = None,
     kv: KVPolicy | None = None,
+    quant: RolloutQuantSpec | None = None,
     autocast: torch.dtype | None = None,
     on_rows: OnRows | None = None,
 ) -> list[Completed]:
@@ -121,17 +123,22 @@ def complete(
         record: keep log-probabilities.
         steering: vectors that are added to hidden states.
         kv: what the cache keeps of every row; None: all.
+        quant: a copy with weights quantised so makes the completions, a new one in every call; None or `bits=16`: the
+            model itself.
         autocast: compute in this dtype; None computes in the weights' dtype.
         on_rows: as completions end.
 
     Raises:
-        ConfigError: a model that the engine does not serve.
+        ConfigError: a model that the engine, the cache policy or the quantiser does not serve.
         ValueError: settings out of their range.
     """
     check_engine(model, settings.engine, "engine='transformers'")
     check_policy(model, kv)
     if not prompts:
         return []
+    if quant is not None and steering is not None and not steering.is_neutral:
+        steering.load(model)  # compares its weights: those of a copy would be taken for another model's
+    model = quantized_policy(model, quant)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
     call = _Call(model, tokenizer, prompts, settings, record, kv, on_rows or (lambda ended, tokens: None))
     with isolated_rng(settings.seed), inference(model, steering, autocast):
@@ -179,6 +186,43 @@ def check_policy(model: PreTrainedModel, kv: KVPolicy | None, where: str = "kv")
         PolicyCache(base.config, policy=kv)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}", where) from None
+
+
+def quantized_policy(model: PreTrainedModel, quant: RolloutQuantSpec | None, where: str = "quant") -> PreTrainedModel:
+    """The model that makes completions: a quantised copy of the present weights, of LoRA the merged ones.
+
+    None and `bits=16` give the model itself. The copy shares all other parameters with the model, which stays as it is.
+    It lacks wrappers around the model's forward: call it inside `torch.autocast` where the model computes so.
+
+    Args:
+        where: the setting that asks for it.
+
+    Raises:
+        ConfigError: names `where` and what of the model the quantiser does not serve.
+    """
+    if quant is None or quant.bits == 16:
+        return model
+    from rltok.quant.qat import is_prepared
+
+    if is_prepared(model):
+        raise ConfigError(
+            f"{where}: this model is trained with fake quantisers (quantization_aware) and evaluated with them; remove "
+            f"{where}, and quantise the checkpoint once it is converted",
+            where,
+        )
+    try:
+        copy: PreTrainedModel = QuantizedShadow(model, quant).module
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}", where) from None
+    return copy
+
+
+def quantizer_name(quant: RolloutQuantSpec | None) -> str | None:
+    """How weights are quantised in a few words, such as `4 bits, groups of 32, torch`; None where they are not."""
+    if quant is None or quant.bits == 16:
+        return None
+    groups = "one scale per row" if quant.group_size is None else f"groups of {quant.group_size}"
+    return f"{quant.bits} bits, {groups}, {quant.backend}"
 
 
 def end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -9,6 +9,7 @@ from rltok.config import ConfigError, build_typed
 from rltok.models import Size, load_model_config, measure
 
 if TYPE_CHECKING:
+    from rltok.quant.qat_config import QuantizationAwareConfig
     from rltok.recipe import Recipe
     from rltok.trainers import CreditConfig
 
@@ -22,6 +23,7 @@ def check_combination(recipe: Recipe) -> CreditConfig:
     Raises:
         ConfigError: names the settings that do not go together.
     """
+    from rltok.quant.qat_config import build_quantization_aware
     from rltok.rewards.check import check_rewards
     from rltok.run import quiet_libraries, training_arguments
     from rltok.trainers.doors import build_doors, check_doors
@@ -30,7 +32,21 @@ def check_combination(recipe: Recipe) -> CreditConfig:
     rewards = check_rewards(recipe.rewards)
     with tempfile.TemporaryDirectory() as folder:
         args = training_arguments(recipe, folder, rewards.weights)
-    check_doors(build_doors(recipe.credit, recipe.objective, recipe.rollout, recipe.selection), args, rewards.names)
+    doors = build_doors(recipe.credit, recipe.objective, recipe.rollout, recipe.selection)
+    check_doors(doors, args, rewards.names)
+    quantization = build_quantization_aware(recipe.quantization_aware)
+    if quantization is not None:
+        from rltok.trainers.quantization_aware import check_quantization_aware, refuse_adapters
+
+        model = recipe.model
+        refuse_adapters(model.lora is not None or model.adapter == "continue", model.quantization is not None)
+        if model.attn_implementation not in (None, "sdpa"):
+            raise ConfigError(
+                f"quantization_aware: attention {model.attn_implementation!r} has no quantisers; set "
+                "model.attn_implementation=sdpa",
+                "model.attn_implementation",
+            )
+        check_quantization_aware(quantization, doors, args, patterned=model.attention_pattern is not None)
     return args
 
 
@@ -84,6 +100,10 @@ def _sampler(recipe: Recipe, args: CreditConfig) -> list[str]:
     names += ["steering"] if rollout.steers else []
     if rollout.kv is not None:
         names.append(f"cache policy {(recipe.rollout or {})['kv']['policy']}")
+    if rollout.quant is not None and not rollout.quant.is_neutral:
+        same = ", learner in the same precision" if rollout.quant.quantizes_learner else ""
+        noise = ", noise" if rollout.quant.noise is not None else ""
+        names.append(f"{rollout.quant.spec.bits}-bit copy of the policy{same}{noise}")
     weights = rollout.resolved_correction
     low, high = weights.bounds
     correction = "none" if weights.mode == "off" else f"{weights.mode} {weights.level} weights to [{low:g}, {high:g}]"
@@ -114,6 +134,8 @@ def _memory(recipe: Recipe, args: CreditConfig) -> list[str]:
 
 
 def _memory_lines(size: Size, recipe: Recipe, args: CreditConfig) -> list[str]:
+    from rltok.quant.qat_config import build_quantization_aware
+
     weights = size.parameters * BYTES[recipe.model.dtype]
     gradients = size.trainable * BYTES[recipe.model.dtype]
     states = 2 * gradients
@@ -121,17 +143,53 @@ def _memory_lines(size: Size, recipe: Recipe, args: CreditConfig) -> list[str]:
     length = args.max_completion_length or 0
     held = _held(recipe, length)
     cache = size.kv_bytes_per_token * held * args.generation_batch_size
-    total = weights + gradients + states + reference
+    quantization = build_quantization_aware(recipe.quantization_aware)
+    needs_teacher = quantization is not None and quantization.has_teacher and not reference
+    teacher = weights if needs_teacher else 0  # the reference is the same model
+    total = weights + gradients + states + reference + teacher
     parts = f"weights {_gib(weights)}, gradients {_gib(gradients)}, Adam {_gib(states)}"
     if reference:
         parts += f", reference {_gib(reference)}"
+    if teacher:
+        parts += f", teacher {_gib(teacher)}"
     return [
         f"parameters: {size.parameters:,}, of which {size.trainable:,} are trained",
         f"memory per process, unsharded: {_gib(total)} ({parts}), plus activations of "
         f"{args.per_device_train_batch_size} completions",
         f"key-value cache of one rollout on one process: at most {_gib(cache)}, plus the prompts"
         + (" while they are computed" if held < length else ""),
+        *_shadow_lines(size, recipe),
+        *([] if quantization is None else [_quantizers(quantization)]),
     ]
+
+
+def _shadow_lines(size: Size, recipe: Recipe) -> list[str]:
+    """Memory of the quantised copy that samples, if there is one."""
+    from rltok.rollout import build_rollout
+
+    quant = build_rollout(recipe.rollout).quant
+    if quant is None or quant.spec.bits == 16:
+        return []
+    spec, width = quant.spec, BYTES[recipe.model.dtype]
+    per_weight = spec.bits / 8 + (0 if spec.group_size is None else width / spec.group_size)
+    per_weight += width if spec.hold_dequantized else 0
+    return [f"quantised copy on each process: at most {_gib(size.parameters * per_weight)}, beside the policy"]
+
+
+def _quantizers(config: QuantizationAwareConfig) -> str:
+    """What is quantised, and what is added to the loss."""
+    low = f", {config.low_share:.0%} of the tokens A{config.low_bits}" if config.low_share else ""
+    losses = {
+        f"entropy {config.entropy:g}": config.entropy > 0,
+        f"distribution {config.distribution:g}": config.distribution > 0,
+        "distillation": config.distills,
+    }
+    named = ", ".join(name for name, there in losses.items() if there) or "none"
+    end = "converted at the end" if config.convert else "not converted"
+    return (
+        f"quantization-aware: W{config.weight_bits} A{config.activation_bits}{low}; losses: {named}; {end}; a rollout "
+        "holds the quantised weights beside the policy's"
+    )
 
 
 def _held(recipe: Recipe, length: int) -> float:

@@ -1,8 +1,8 @@
 """Held-out accuracy of a policy: complete the prompts, score with the recipe's reward functions.
 
 Greedy or sampled; the random state of the caller and the model's mode are as before afterwards, so that a run that
-evaluates before training trains exactly like one that does not. Decoding methods, steering vectors
-and cache policies act only if they are given: those of a recipe's rollouts are not.
+evaluates before training trains exactly like one that does not. Decoding methods, steering
+vectors, cache policies and quantised weights act only if they are given: those of a recipe's rollouts are not.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from rltok.complete import (
 )
 from rltok.entropy import EntropyStats
 from rltok.kv import KVPolicy
+from rltok.quant import RolloutQuantSpec
 from rltok.sampling import DecodingModule
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def evaluate(
     decoding: Sequence[DecodingModule] = (),
     steering: SteeringConfig | None = None,
     kv: KVPolicy | None = None,
+    quant: RolloutQuantSpec | None = None,
     entropy_stats: EntropyStats | None = None,
 ) -> Evaluation:
     """Mean rewards of a policy's completions.
@@ -88,10 +90,11 @@ def evaluate(
         decoding: methods that act on the logits; none is plain `generate`.
         steering: vectors that are added to hidden states while completions are made.
         kv: what the cache keeps while completions are made; None: every token.
+        quant: completions are those of a copy with weights quantised so; None or `bits=16`: of the model itself.
         entropy_stats: for adaptive temperature, which does nothing to greedy decoding (`rltok.sampler_stats`).
 
     Raises:
-        ConfigError: a model that the engine does not serve.
+        ConfigError: a model that the engine, the cache policy or the quantiser does not serve.
         ValueError: the data set is empty, the tokenizer lacks what a decoding method names, or statistics are missing.
     """
     if not dataset:
@@ -111,6 +114,7 @@ def evaluate(
         processors=partial(named_processors, decoding, context),
         steering=steering,
         kv=kv,
+        quant=quant,
         autocast=autocast,
         on_rows=on_rows,
     )

@@ -31,6 +31,8 @@ from rltok.complete import (
     decoding_context,
     end_ids,
     named_processors,
+    quantized_policy,
+    quantizer_name,
 )
 from rltok.config import ConfigError
 from rltok.entropy import EntropyStats
@@ -40,6 +42,8 @@ from rltok.kv import KVPolicy, build_policy
 from rltok.models import load_tokenizer
 from rltok.progress import EvaluationBar
 from rltok.prompts import Row, asked_as, check_prompt, clip, flag, prompt_tokens, read_rows
+from rltok.quant import RolloutQuantSpec
+from rltok.quant.config import build_spec
 from rltok.recipe import DecodingRecipe, Recipe, load_decoding
 from rltok.rollout import build_decoding
 from rltok.run import (
@@ -210,6 +214,7 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     decoding = build_decoding(plan.decoding, "decoding")
     steering = build_steering(plan.steering, "steering")
     kv = None if plan.kv is None else build_policy(plan.kv, "kv")
+    quant = build_spec(plan.quant, "quant")
     sampling = resolve_sampling(options, plan.recipe)
     rewards = reward_set(options.rewards, options.best_of, options.recipe_data, options.out, plan.recipe)
     rows = prompt_rows(options, plan.recipe)
@@ -224,6 +229,7 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
     model = load_policy(config)
     check_engine(model, sampling.engine, OTHER_ENGINE)
     check_policy(model, kv)
+    quantized_policy(model, quant, "quant")
     sampling = fit_context(sampling, prompts, model, has_length=_has_length(options, plan.recipe))
     options.out.mkdir(parents=True, exist_ok=True)
     places = [(row, sample) for row in range(len(prompts)) for sample in range(sampling.num_samples)]
@@ -238,12 +244,22 @@ def run_generate(options: GenerateOptions, console: Console) -> int:
         saved=checkpoint_stats(options.checkpoint),
         steering=steering,
         kv=kv,
+        quant=quant,
         say=_printer(console),
     )
     started = time.monotonic()
     with EvaluationBar(console, "generation", len(places)) as bar:
         made = generate(
-            model, tokenizer, prompts, decoding, sampling, entropy_stats=stats, steering=steering, kv=kv, on_rows=bar
+            model,
+            tokenizer,
+            prompts,
+            decoding,
+            sampling,
+            entropy_stats=stats,
+            steering=steering,
+            kv=kv,
+            quant=quant,
+            on_rows=bar,
         )
     seconds, completions = time.monotonic() - started, made.completions
     scores = score_completions(completions, rows, tokenizer, rewards)
@@ -396,6 +412,7 @@ def _settings(sampling: Sampling, plan: DecodingRecipe) -> dict[str, Any]:
         "decoding": plan.decoding,
         "steering": plan.steering,
         "kv": plan.kv,
+        "quant": plan.quant,
     }
 
 
@@ -450,6 +467,7 @@ def generate(
     entropy_stats: EntropyStats | None = None,
     steering: SteeringConfig | None = None,
     kv: KVPolicy | None = None,
+    quant: RolloutQuantSpec | None = None,
     on_rows: OnRows | None = None,
 ) -> Generation:
     """Completions of all prompts with what was recorded of every token.
@@ -461,10 +479,11 @@ def generate(
         decoding: methods; those of strength 0 change no bit of ids and log-probabilities.
         entropy_stats: for adaptive temperature (`rltok.sampler_stats`).
         kv: what the cache keeps of every row; None: every token.
+        quant: a copy with weights quantised so makes the completions; None or `bits=16`: the model itself.
         on_rows: as completions end, with their number and the tokens sampled since the last call.
 
     Raises:
-        ConfigError: a model that the engine does not serve.
+        ConfigError: a model that the engine, the cache policy or the quantiser does not serve.
         ValueError: the tokenizer lacks what a method names, or statistics are missing.
     """
     ends = end_ids(model, tokenizer)
@@ -480,6 +499,7 @@ def generate(
         record=True,
         steering=steering,
         kv=kv,
+        quant=quant,
         on_rows=on_rows,
     )
     found: dict[int, Generated] = {}
@@ -531,6 +551,7 @@ def _print_summary(facts: Mapping[str, Any], out: Path, console: Console) -> Non
     methods: Iterator[str] = (item["type"] for item in facts["decoding"])
     lines |= {
         "decoding": ", ".join(methods) or "plain",
+        "weights": quantizer_name(build_spec(facts["quant"], "quant")) or facts["dtype"],
         "sampling": json.dumps(facts["sampling"] | {"seed": facts["seed"]}),
         "speed": _speed(facts),
         "files": " ".join(str(out / name) for name in ("generations.jsonl", "tokens.parquet", "generation.json")),

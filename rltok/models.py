@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 TINY = "tiny-reasoner"
 """Name of the embedded model."""
+QUANTIZERS = "quantization_aware.json"
+"""File beside the weights of a model with fake quantisers."""
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Patterns of weight files whose reading can run code."""
 
@@ -228,23 +232,61 @@ def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization is not None:
         options |= _quantized_options(config.quantization)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=load_model_config(config),
-            revision=config.revision,
-            trust_remote_code=config.trust_remote_code,
-            use_safetensors=True,
-            **options,
+    has_quantizers = (Path(path) / QUANTIZERS).is_file()
+    if has_quantizers and config.quantization is not None:
+        raise ConfigError(
+            f"model.quantization: the model at {config.path!r} has fake quantisers of its own ({QUANTIZERS}), which "
+            "weights in few bits would replace; remove model.quantization",
+            "model.quantization",
         )
+    try:
+        with _errors_only() if has_quantizers else nullcontext():  # transformers reports their steps as unexpected
+            model = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=load_model_config(config),
+                revision=config.revision,
+                trust_remote_code=config.trust_remote_code,
+                use_safetensors=True,
+                **options,
+            )
     except OSError as error:
         raise _not_found(config, error) from error
     if config.quantization is None:
-        return model
+        return _with_quantizers(model, path)
     from peft import prepare_model_for_kbit_training
 
+    _keep_unpacked(model)
     # gradient checkpointing is the trainer's to switch on
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def _keep_unpacked(model: Any) -> None:
+    """Forward passes of 4-bit layers on a CPU must not pack the weights in place, which training could not undo."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """No warnings of transformers inside."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _with_quantizers(model: Any, path: str) -> Any:
+    """The model with the fake quantisers that `quantization_aware` saved beside its weights."""
+    if not (Path(path) / QUANTIZERS).is_file():
+        return model
+    from rltok.quant.qat_files import restore_quantizers
+
+    return restore_quantizers(model, path)
 
 
 def _load_adapter(config: ModelConfig, path: str) -> Any:
@@ -287,11 +329,22 @@ def _weights_below(config: ModelConfig, path: str) -> ModelConfig:
 
 
 def check_trainable(config: ModelConfig) -> None:
-    """Refuse to train a new adapter on top of one that stays apart.
+    """Refuse to train a new adapter on top of one that stays apart, and weights that were rounded for good.
 
     Raises:
-        ConfigError: quantised weights, an adapter at `model.path` and `model.lora` together.
+        ConfigError: quantised weights, an adapter at `model.path` and `model.lora` together; or a converted model.
     """
+    path = Path(resolve_path(config.path))
+    if (path / QUANTIZERS).is_file():
+        from rltok.quant.qat_files import read_quantizers
+
+        saved = read_quantizers(path)
+        if saved is not None and saved.converted:
+            raise ConfigError(
+                f"model.path: {config.path!r} is converted: its weights lie on a low-bit grid whose steps are gone, "
+                "and training would move them off it; start from a checkpoint-N of that run, or the model before it",
+                "model.path",
+            )
     if config.quantization is not None and config.lora is not None and is_adapter(resolve_path(config.path)):
         raise ConfigError(
             f"model.quantization: the adapter at {config.path!r} cannot be merged into quantised weights, so "

@@ -56,6 +56,7 @@ SECTIONS = (
     "credit",
     "selection",
     "objective",
+    "quantization_aware",
     "training",
     "batching",
     "launch",
@@ -122,6 +123,8 @@ class EvaluationConfig:
     """steering vectors, such as {path: FILE}; None evaluates the bare policy"""
     kv: dict[str, Any] | None = None
     """cache policy, as in rollout.kv, which evaluation never reads; None keeps every token"""
+    quant: dict[str, Any] | None = None
+    """how weights are quantised, as in rollout.quant, which evaluation never reads, such as {bits: 4}; None: not"""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "num_samples"):
@@ -170,6 +173,7 @@ class Recipe:
     credit: dict[str, Any] | None = None
     selection: dict[str, Any] | None = None
     objective: dict[str, Any] | list[Any] | None = None
+    quantization_aware: dict[str, Any] | None = None
     training: dict[str, Any] = field(default_factory=dict)
     batching: BatchingConfig = field(default_factory=BatchingConfig)
     launch: LaunchConfig = field(default_factory=LaunchConfig)
@@ -209,7 +213,7 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return _recipe(values)
     except ConfigError as error:
-        raise _located(error, marks) from error
+        raise located(error, marks) from error
 
 
 @dataclass(frozen=True)
@@ -222,31 +226,37 @@ class DecodingRecipe:
     """steering vectors likewise"""
     kv: dict[str, Any] | None = None
     """cache policy likewise"""
+    quant: dict[str, Any] | None = None
+    """how weights are quantised, likewise"""
     recipe: Recipe | None = None
     """the whole recipe; None for a file of decoding methods alone"""
 
 
 def load_decoding(recipe: str | Path, overrides: Sequence[str] = ()) -> DecodingRecipe:
-    """Decoding of a recipe's rollouts, or of a YAML file that holds nothing but `decoding:`, `steering:` and `kv:`.
+    """Decoding of a recipe's rollouts, or of a YAML file with nothing but `decoding:`, `steering:`, `kv:`, `quant:`.
 
     Raises:
         ConfigError: as `load_recipe`.
     """
-    if not {"decoding", "steering", "kv"} & merged(recipe)[0].keys():  # none is a section of a whole recipe
+    if not {"decoding", "steering", "kv", "quant"} & merged(recipe)[0].keys():  # none is a section of a whole recipe
         loaded = load_recipe(recipe, overrides)
         rollout = loaded.rollout or {}
-        return DecodingRecipe(rollout.get("decoding") or [], rollout.get("steering"), rollout.get("kv"), loaded)
+        from rltok.quant.config import spec_of
+
+        quant = spec_of(rollout.get("quant"))
+        return DecodingRecipe(rollout.get("decoding") or [], rollout.get("steering"), rollout.get("kv"), quant, loaded)
     values, marks = merged(recipe, overrides)
     try:
-        check_keys(values, ("name", "decoding", "steering", "kv"), "")
-        steering, kv = values.get("steering"), values.get("kv")
+        check_keys(values, ("name", "decoding", "steering", "kv", "quant"), "")
+        steering, kv, quant = (values.get(name) for name in ("steering", "kv", "quant"))
         return DecodingRecipe(
             filled_decoding(values.get("decoding"), "decoding"),
             None if steering is None else filled_steering(steering, "steering"),
             None if kv is None else filled_kv(kv, "kv"),
+            None if quant is None else filled_spec(quant, "quant"),
         )
     except ConfigError as error:
-        raise _located(error, marks) from error
+        raise located(error, marks) from error
 
 
 def merged(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -264,25 +274,25 @@ def merged(recipe: str | Path, overrides: Sequence[str] = ()) -> tuple[dict[str,
     return _interpolate(values), marks
 
 
-def find_recipe(recipe: str | Path, beside: Path | None = None) -> Path:
-    """File of a recipe: a path (relative to `beside`, if given), else the name of a shipped recipe.
+def find_recipe(recipe: str | Path, beside: Path | None = None, shipped: Path = CONFIG_DIR) -> Path:
+    """File of a recipe: a path (relative to `beside`, if given), else the name of one that lies in `shipped`.
 
     Raises:
         ConfigError: there is none; lists the shipped ones, nearest name first.
     """
     given = Path(recipe).expanduser()
     names = [given] if given.suffix in (".yaml", ".yml") else [given, given.with_name(given.name + ".yaml")]
-    for folder in (beside or Path.cwd(), CONFIG_DIR):
+    for folder in (beside or Path.cwd(), shipped):
         for name in names:
             if (folder / name).is_file():
                 return (folder / name).resolve()
-    raise ConfigError(f"{recipe}: no such recipe file{suggestion(given.stem, shipped_recipes())}")
+    raise ConfigError(f"{recipe}: no such recipe file{suggestion(given.stem, shipped_recipes(shipped))}")
 
 
-def shipped_recipes() -> dict[str, str]:
-    """Name of every shipped recipe -> its first comment line."""
+def shipped_recipes(folder: Path = CONFIG_DIR) -> dict[str, str]:
+    """Name of every recipe that lies in `folder` -> its first comment line."""
     found = {}
-    for path in sorted(CONFIG_DIR.glob("*.yaml")):
+    for path in sorted(folder.glob("*.yaml")):
         first = path.read_text(encoding="utf-8").splitlines()[0]
         found[path.stem] = first.lstrip("# ").rstrip() if first.startswith("#") else ""
     return found
@@ -313,7 +323,7 @@ def _load_layers(path: Path, chain: tuple[Path, ...]) -> tuple[dict[str, Any], d
     try:
         _anchor_paths(layer, path.parent)
     except ConfigError as error:
-        raise _located(error, layer_marks) from error
+        raise located(error, layer_marks) from error
     return _merge(values, layer), marks | layer_marks
 
 
@@ -371,7 +381,7 @@ def _for_source(data: dict[str, Any], source: Any) -> dict[str, Any]:
     return {key: value for key, value in data.items() if key not in others}
 
 
-def _located(error: ConfigError, marks: Mapping[str, str]) -> ConfigError:
+def located(error: ConfigError, marks: Mapping[str, str]) -> ConfigError:
     """The error with `file:line` in front, if its key path or a part of it stands in a file."""
     path = error.path or ""
     while path:
@@ -539,20 +549,25 @@ def _recipe(values: dict[str, Any]) -> Recipe:
             raise ConfigError(f"{key}: {values[key]!r} is not a mapping of settings", key)
     return Recipe(
         **plain,
-        model=_section(ModelConfig, values, "model"),
+        model=build_section(ModelConfig, values, "model"),
         training=_check_training(values.get("training", {})),
-        batching=_section(BatchingConfig, values, "batching"),
-        launch=_section(LaunchConfig, values, "launch"),
-        faults=_section(FaultsConfig, values, "faults"),
-        evaluation=_check_evaluation(values.get("evaluation") or {}),
-        report=_section(ReportConfig, values, "report"),
+        batching=build_section(BatchingConfig, values, "batching"),
+        launch=build_section(LaunchConfig, values, "launch"),
+        faults=build_section(FaultsConfig, values, "faults"),
+        evaluation=checked_evaluation(values.get("evaluation") or {}),
+        report=build_section(ReportConfig, values, "report"),
         **_check_doors(values),
         data=_check_data(values),
-        rewards=_check_rewards(values),
+        rewards=checked_rewards(values),
     )
 
 
-def _section(cls: type, values: Mapping[str, Any], name: str) -> Any:
+def build_section(cls: type, values: Mapping[str, Any], name: str) -> Any:
+    """The section `name` of `values` as an instance of the dataclass `cls`; one that is not there has its defaults.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
     return build(cls, without_nulls(cls, values.get(name)), name)
 
 
@@ -571,19 +586,32 @@ def _takes_none(hint: Any) -> bool:
 
 
 def _check_training(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `training`, every value checked against the type of TRL's field of that name."""
     from rltok.trainers import CreditConfig
 
+    return checked_training(values, CreditConfig, ELSEWHERE)
+
+
+def checked_training(values: Mapping[str, Any], cls: type, elsewhere: Mapping[str, str]) -> dict[str, Any]:
+    """The section `training`, every value checked against the type of the field of that name.
+
+    Args:
+        values: the section.
+        cls: the trainer's configuration, a dataclass.
+        elsewhere: fields that a recipe sets in another place -> that place.
+
+    Raises:
+        ConfigError: such a field, an unknown one, or a value of another type.
+    """
     for key in values:
-        if key in ELSEWHERE:
+        if key in elsewhere:
             where = f"training.{key}"
-            raise ConfigError(f"{where}: set {ELSEWHERE[key]} instead of `{where}`", where)
-    values = without_nulls(CreditConfig, values)
-    fields = [f.name for f in dataclasses.fields(CreditConfig) if f.init and f.name not in ELSEWHERE]
+            raise ConfigError(f"{where}: set {elsewhere[key]} instead of `{where}`", where)
+    values = without_nulls(cls, values)
+    fields = [f.name for f in dataclasses.fields(cls) if f.init and f.name not in elsewhere]
     check_keys(values, fields, "training")
-    values = {key: as_word(hints(CreditConfig)[key], value) for key, value in values.items()}
+    values = {key: as_word(hints(cls)[key], value) for key, value in values.items()}
     for key, value in values.items():
-        convert(hints(CreditConfig)[key], value, f"training.{key}")
+        convert(hints(cls)[key], value, f"training.{key}")
     return values
 
 
@@ -606,6 +634,10 @@ def _check_doors(values: Mapping[str, Any]) -> dict[str, Any]:
             doors["objective"] = _filled(OBJECTIVE, terms, "objective")
     if "rollout" in values:
         doors["rollout"] = _check_rollout(values["rollout"])
+    if "quantization_aware" in values:
+        from rltok.quant.qat_config import filled_quantization_aware
+
+        doors["quantization_aware"] = filled_quantization_aware(values["quantization_aware"])
     return doors
 
 
@@ -618,11 +650,18 @@ def _check_rollout(values: Any) -> dict[str, Any]:
         values = without_nulls(RolloutConfig, values) | {"decoding": decoding}
         if values.get("kv") is not None:
             values["kv"] = filled_kv(values["kv"], "rollout.kv")
-    kv = values.get("kv") if isinstance(values, dict) else None
-    return _plain(build_rollout(values)) | {"decoding": decoding, "kv": kv}
+        if values.get("quant") is not None:
+            values["quant"] = filled_quant(values["quant"], "rollout.quant")
+    own = {name: values.get(name) for name in ("kv", "quant")} if isinstance(values, dict) else {}
+    return _plain(build_rollout(values)) | {"decoding": decoding} | own
 
 
-def _check_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
+def checked_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
+    """The section `evaluation`, the defaults of its own sections filled in.
+
+    Raises:
+        ConfigError: unknown key or wrong value.
+    """
     values = without_nulls(EvaluationConfig, values)
     if "decoding" in values:
         values["decoding"] = filled_decoding(values["decoding"], "evaluation.decoding")
@@ -633,6 +672,8 @@ def _check_evaluation(values: Mapping[str, Any]) -> EvaluationConfig:
         if values["kv"]["hold"] is not None:
             where = "evaluation.kv.hold"
             raise ConfigError(f"{where}: an evaluation has one budget, which nothing moves; remove it", where)
+    if values.get("quant") is not None:
+        values["quant"] = filled_spec(values["quant"], "evaluation.quant")
     return build(EvaluationConfig, values, "evaluation")
 
 
@@ -680,6 +721,43 @@ def filled_kv(section: Any, path: str) -> dict[str, Any]:
     return _plain(kv_settings(values, path))
 
 
+def filled_quant(section: Any, path: str) -> dict[str, Any]:
+    """Settings of quantised rollouts with the defaults filled in, as plain values.
+
+    Raises:
+        ConfigError: unknown key or a wrong value.
+    """
+    from rltok.quant.config import KEYS, NoiseConfig, quant_settings
+
+    values = _without_null_keys(section, KEYS)
+    if isinstance(values, Mapping) and isinstance(values.get("noise"), Mapping):
+        values = {**values, "noise": without_nulls(NoiseConfig, values["noise"])}
+    return _plain(quant_settings(values, path))
+
+
+def filled_spec(section: Any, path: str) -> dict[str, Any]:
+    """How weights are quantised, with the defaults filled in, as plain values.
+
+    Raises:
+        ConfigError: unknown key or a wrong value.
+    """
+    from rltok.quant.config import SPEC, build_spec, spec_settings
+
+    spec = build_spec(_without_null_keys(section, SPEC), path)
+    assert spec is not None
+    return _plain(spec_settings(spec))
+
+
+def _without_null_keys(section: Any, keys: tuple[str, ...]) -> Any:
+    """A section of `rltok.quant` less its values null that mean a default."""
+    from rltok.quant.config import section_hints
+
+    if not isinstance(section, Mapping):
+        return section
+    known = section_hints(keys)
+    return {key: value for key, value in section.items() if value is not None or _takes_none(known.get(key, Any))}
+
+
 def _filled(registry: Mapping[str, type], values: Any, path: str) -> dict[str, Any]:
     values = _without_null_options(registry, values, path)
     return {"type": values["type"], **_plain(build_typed(registry, values, path))}
@@ -698,7 +776,12 @@ def _check_data(values: Mapping[str, Any]) -> dict[str, Any]:
     return _plain(build(DataConfig, without_nulls(DataConfig, values["data"]), "data"))
 
 
-def _check_rewards(values: Mapping[str, Any]) -> Any:
+def checked_rewards(values: Mapping[str, Any]) -> Any:
+    """The section `rewards` of `values`, less what is null.
+
+    Raises:
+        ConfigError: missing, or an entry that is no reward function.
+    """
     from rltok.rewards.check import check_rewards
 
     section = values.get("rewards")

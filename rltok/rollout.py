@@ -10,6 +10,7 @@ from rltok.config import ConfigError, build, build_typed, join
 from rltok.correction import CorrectionConfig
 from rltok.fast import LoopSettings
 from rltok.kv import KVConfig, build_kv
+from rltok.quant.config import QuantConfig, build_quant
 from rltok.sampling import DECODING, DecodingModule
 from rltok.selection.prompts import PromptSkippingConfig
 from rltok.steering import SteeringConfig
@@ -68,8 +69,10 @@ class RolloutConfig:
     """Steering vectors added to hidden states while completions are made; null is the plain model."""
     kv: KVConfig | None = None
     """Cache policy of the sampler, `{policy: NAME, budget: N, option: value}`; null keeps every token."""
+    quant: QuantConfig | None = None
+    """Low-precision copy of the policy that samples, `{bits: 4, option: value}`; null samples from the policy."""
     correction: CorrectionConfig | None = None
-    """Weights between the sampler and the learner; null takes what the decoding methods and the policy recommend."""
+    """Weights between the sampler and the learner; null takes what the parts above recommend."""
     dynamic_sampling: DynamicSamplingConfig | None = None
     """Refill groups whose metric is constant; null trains on them as they are."""
     prompt_skipping: PromptSkippingConfig | None = None
@@ -108,8 +111,8 @@ class RolloutConfig:
         return self.steering is not None and not self.steering.is_neutral
 
     @property
-    def _parts(self) -> tuple[DecodingModule | SteeringConfig | KVConfig, ...]:
-        return (*self.decoding, *(part for part in (self.steering, self.kv) if part is not None))
+    def _parts(self) -> tuple[DecodingModule | SteeringConfig | KVConfig | QuantConfig, ...]:
+        return (*self.decoding, *(part for part in (self.steering, self.kv, self.quant) if part is not None))
 
     @property
     def decodes(self) -> bool:
@@ -181,6 +184,8 @@ def build_rollout(section: Mapping[str, Any] | RolloutConfig | None, path: str =
             made["decoding"] = build_decoding(section["decoding"], join(path, "decoding"))
         if "kv" in section:
             made["kv"] = build_kv(section["kv"], join(path, "kv"))
+        if "quant" in section:
+            made["quant"] = build_quant(section["quant"], join(path, "quant"))
         section = {**section, **made}
     return build(RolloutConfig, section, path)
 

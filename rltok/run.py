@@ -6,6 +6,7 @@ runs/<name>-seed<seed>/
     metrics.jsonl             one JSON object per logged step
     completions/*.parquet     what was sampled, with rewards and credit
     checkpoint-N/             model, optimizer and every state that an exact continuation needs
+    model/                    the converted model, with `quantization_aware`; the last one where none was saved
     evaluation_before.json    held-out means; the rows lie in evaluation_before.parquet; likewise `after`
     summary.json              written last: a run with a summary is complete
 """
@@ -20,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +34,16 @@ from rich.table import Table
 from transformers import TrainerCallback, set_seed
 from transformers.utils.logging import disable_progress_bar
 
-from rltok.complete import CompletionSettings, Engine, check_engine, check_methods, check_policy, decoding_context
+from rltok.complete import (
+    CompletionSettings,
+    Engine,
+    check_engine,
+    check_methods,
+    check_policy,
+    decoding_context,
+    quantized_policy,
+    quantizer_name,
+)
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, join_evaluations, tokenize_prompt
 from rltok.expect import Outcome, check_expectations
@@ -43,6 +54,7 @@ from rltok.launch import SHARDED_WEIGHTS, check_started, check_strategy, refuse_
 from rltok.models import check_trainable, is_adapter, load_model, load_model_config, load_tokenizer, peft_config
 from rltok.pickles import refuse_code
 from rltok.progress import EvaluationBar, ProgressDisplay
+from rltok.quant.config import build_spec
 from rltok.recipe import Recipe, dump_yaml
 from rltok.report.environment import environment, versions, write_environment
 from rltok.rollout import build_decoding, build_rollout
@@ -209,7 +221,7 @@ def _train(
     )
     model = load_model(recipe.model)
     if evaluates:
-        check_completions(recipe, model)
+        _check_sampler(recipe, model)
     display = ProgressDisplay(console, recipe.report.progress)
     metrics = MetricsFile(run)
     trainer = CreditTrainer(
@@ -220,14 +232,14 @@ def _train(
         processing_class=tokenizer,
         peft_config=peft_config(recipe.model.lora),
         attention_pattern=recipe.model.attention_pattern,
+        quantization_aware=recipe.quantization_aware,
         callbacks=[metrics, TrackRecipe(recipe)],
     )
     check_strategy(recipe.launch, trainer.accelerator)
-    refuse_sharded_evaluation(
-        running_strategy(trainer.accelerator),
-        recipe.evaluation.before and start.checkpoint is None and not start.evaluated,
-        recipe.evaluation.after,
-    )
+    before = recipe.evaluation.before and start.checkpoint is None and not start.evaluated
+    refuse_sharded_evaluation(running_strategy(trainer.accelerator), before, recipe.evaluation.after)
+    if before or recipe.evaluation.after:
+        check_quantizer(recipe, trainer.accelerator.unwrap_model(trainer.model))
     display.install(trainer)
     install_sinks(recipe.report.sinks, trainer)
     if "wandb" in recipe.report.to and trainer._recorder is not None:
@@ -246,7 +258,8 @@ def _train(
     held_out = HeldOut(recipe, run, console, tokenizer, splits.heldout, rewards, trainer)
     if recipe.evaluation.before and not start.evaluated:
         if start.checkpoint is None:
-            held_out.evaluate("before")
+            with trainer.as_loaded():
+                held_out.evaluate("before")
         else:
             console.print("no evaluation_before.json: the starting policy was not evaluated and is not any more here")
     trainer.accelerator.wait_for_everyone()
@@ -254,9 +267,11 @@ def _train(
         trainer.train(resume_from_checkpoint=str(start.checkpoint) if start.checkpoint else None)
     finally:
         display.stop()
+    converted = trainer.finish_quantization()
     if recipe.evaluation.after:
-        held_out.evaluate("after")
-    checkpoint = _final_checkpoint(trainer, run)
+        with trainer.sampling():
+            held_out.evaluate("after")
+    checkpoint = _final_checkpoint(trainer, run, converted)
     status = 0
     if main:
         status = _finish(recipe, run, console, trainer.state.global_step, metrics.seconds, checkpoint)
@@ -335,6 +350,10 @@ class HeldOut:
 
     def evaluate(self, moment: Moment) -> None:
         """Evaluate the policy and write means and rows; every rank takes its share of the rows."""
+        with _own_weights(self.trainer.accelerator.unwrap_model(self.trainer.model)):
+            self._evaluate(moment)
+
+    def _evaluate(self, moment: Moment) -> None:
         from rltok.trainers.distributed import RaggedGather
 
         accelerator = self.trainer.accelerator
@@ -353,6 +372,7 @@ class HeldOut:
             row_ids=mine,
             rank=rank,
             gather=RaggedGather(accelerator),
+            in_training=True,
         )
         parts = []
         with EvaluationBar(
@@ -364,7 +384,7 @@ class HeldOut:
                     self.tokenizer,
                     [rows[i] for i in mine],
                     self.rewards,
-                    **evaluation_options(self.recipe, rank),
+                    **evaluation_options(self.recipe, rank, in_training=True),
                     row_ids=mine,
                     entropy_stats=stats,
                     on_rows=bar,
@@ -372,7 +392,7 @@ class HeldOut:
                 parts = [found]
         parts = gather_object(parts) if ranks > 1 else parts
         if accelerator.is_main_process:
-            write_evaluation(join_evaluations(parts), self.run, moment)
+            write_evaluation(join_evaluations(parts), self.run, moment, evaluation_parts(self.recipe))
 
     def _rollout_stats(self) -> SavedStats | None:
         stats = self.trainer._sampler_stats
@@ -389,13 +409,26 @@ def evaluation_engine(recipe: Recipe) -> Engine:
     return build_rollout(recipe.rollout).engine
 
 
-def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
-    """Keyword arguments of `evaluate` for a recipe; `rollout.decoding`, `steering` and `kv` are not among them.
+def _own_weights(model: Any) -> AbstractContextManager[Any]:
+    """Full precision, where `rollout.quant.learner: same` lets the learner compute with quantised weights."""
+    from rltok.quant.same_precision import attached_precision
+
+    attached = attached_precision(model)
+    return nullcontext() if attached is None else attached.suspended()
+
+
+def evaluation_options(recipe: Recipe, rank: int = 0, in_training: bool = False) -> dict[str, Any]:
+    """Keyword arguments of `evaluate` for a recipe; `decoding`, `steering`, `kv` and `quant` of `rollout` are not read.
 
     Ranks differ in the seed only where completions come from one random state (`transformers`).
+
+    Args:
+        in_training: the policy is a trainer's, whose mixed precision a quantised copy of it does not take over.
     """
     settings, training, engine = recipe.evaluation, recipe.training, evaluation_engine(recipe)
     half = torch.bfloat16 if training.get("bf16") else torch.float16 if training.get("fp16") else None
+    quant = build_spec(settings.quant, "evaluation.quant")
+    copied = in_training and quantizer_name(quant) is not None
     return {
         "max_new_tokens": settings.max_new_tokens or training.get("max_completion_length") or 512,
         "batch_size": settings.batch_size,
@@ -404,11 +437,23 @@ def evaluation_options(recipe: Recipe, rank: int = 0) -> dict[str, Any]:
         "num_samples": settings.num_samples,
         "seed": settings.seed + (rank if engine == "transformers" else 0),
         "engine": engine,
-        "autocast": half if recipe.model.dtype == "float32" else None,
+        "autocast": half if recipe.model.dtype == "float32" or copied else None,
         "chat_template_kwargs": training.get("chat_template_kwargs"),
         "decoding": build_decoding(settings.decoding, "evaluation.decoding"),
         "steering": build_steering(settings.steering, "evaluation.steering"),
         "kv": None if settings.kv is None else build_policy(settings.kv, "evaluation.kv"),
+        "quant": quant,
+    }
+
+
+def evaluation_parts(recipe: Recipe) -> dict[str, Any]:
+    """What acts on a recipe's held-out completions beside plain sampling, as plain values for files."""
+    settings = recipe.evaluation
+    return {
+        "decoding": list(settings.decoding),
+        "steering": settings.steering,
+        "kv": settings.kv,
+        "quant": settings.quant,
     }
 
 
@@ -430,21 +475,44 @@ def check_evaluation(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None
     """Refuse what an evaluation after hours of training would stumble over.
 
     Raises:
-        ConfigError: words that the tokenizer lacks, a method that the engine cannot run, no file of steering vectors.
+        ConfigError: words that the tokenizer lacks, a method that the engine cannot run, no file of steering vectors, a
+            quantiser on top of quantised weights.
     """
     options = evaluation_options(recipe)
+    base = recipe.model.quantization
+    if base is not None and quantizer_name(options["quant"]) is not None:
+        raise ConfigError(
+            f"evaluation.quant: the weights are already held in {base.bits} bits (model.quantization); remove "
+            "evaluation.quant to evaluate them, or set model.quantization=null to quantise full weights",
+            "evaluation.quant",
+        )
     check_decoding_fits(options["decoding"], tokenizer, options["engine"], "evaluation.decoding")
     check_vectors(options["steering"], "evaluation.steering")
 
 
 def check_completions(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Refuse a model that the engine or the cache policy of the recipe's evaluations does not serve.
+    """Refuse a model that engine, cache policy or quantiser of the recipe's evaluations does not serve.
 
     Raises:
         ConfigError: names the setting and what stands against it.
     """
+    _check_sampler(recipe, model)
+    check_quantizer(recipe, model)
+
+
+def _check_sampler(recipe: Recipe, model: PreTrainedModel) -> None:
+    """What of `check_completions` does not depend on what a trainer puts into the model, such as adapters."""
     check_engine(model, evaluation_engine(recipe), OTHER_ENGINE)
     check_policy(model, evaluation_options(recipe)["kv"], "evaluation.kv")
+
+
+def check_quantizer(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Refuse a model that `evaluation.quant` cannot quantise, by a copy that is dropped again.
+
+    Raises:
+        ConfigError: names the setting and what stands against it.
+    """
+    quantized_policy(model, evaluation_options(recipe)["quant"], "evaluation.quant")
 
 
 def check_decoding_fits(
@@ -481,12 +549,13 @@ def evaluation_entropy(
     row_ids: Sequence[int] | None = None,
     rank: int = 0,
     gather: Gather | None = None,
+    in_training: bool = False,
 ) -> EntropyStats | None:
     """Statistics for the adaptive temperature of `evaluation.decoding`, None where it needs none.
 
     They are of the first `CALIBRATION_ROWS` completions of the whole data set, of which a rank makes those of its rows.
     """
-    options = evaluation_options(recipe, rank)
+    options = evaluation_options(recipe, rank, in_training)
     template, samples = options.pop("chat_template_kwargs") or {}, options.pop("num_samples")
     names = ("max_new_tokens", "temperature", "top_p", "seed", "batch_size", "engine")
     settings = CompletionSettings(**{name: options.pop(name) for name in names})
@@ -511,12 +580,13 @@ def evaluation_entropy(
     )
 
 
-def write_evaluation(evaluation: Evaluation, run: RunDirectory, moment: Moment) -> None:
-    """Rows first, means last: where the means are, the rows are whole."""
+def write_evaluation(evaluation: Evaluation, run: RunDirectory, moment: Moment, parts: Mapping[str, Any]) -> None:
+    """Rows first, means last: where the means are, the rows are whole; `parts` as `evaluation_parts` has them."""
     import pandas as pd
 
     pd.DataFrame(evaluation.rows).to_parquet(run.evaluation_rows(moment))
-    write_json(run.evaluation(moment), {"completions": len(evaluation.rows), "means": evaluation.means})
+    facts = {"completions": len(evaluation.rows), "means": evaluation.means, "settings": dict(parts)}
+    write_json(run.evaluation(moment), facts)
 
 
 def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
@@ -536,6 +606,9 @@ def evaluate_path(recipe: Recipe, console: Console) -> Evaluation:
     total = len(rows) * recipe.evaluation.num_samples
     saved = checkpoint_stats(recipe.model.path)
     options = evaluation_options(recipe)
+    quantizer = quantizer_name(options["quant"])
+    if quantizer is not None:
+        console.print(f"evaluated with quantised weights: {quantizer}", highlight=False, soft_wrap=True)
     stats = evaluation_entropy(recipe, model, tokenizer, rows, console, saved=saved)
     with EvaluationBar(console, "evaluation", total, recipe.report.progress) as bar:
         return evaluate(model, tokenizer, rows, rewards, **options, entropy_stats=stats, on_rows=bar)
@@ -636,10 +709,13 @@ def _close_trackers(recipe: Recipe, run: RunDirectory) -> None:
 # End of a run
 
 
-def _final_checkpoint(trainer: Any, run: RunDirectory) -> Path:
-    """The checkpoint of the last step; where none is saved by `training.save_strategy`, the model alone."""
+def _final_checkpoint(trainer: Any, run: RunDirectory, converted: bool) -> Path:
+    """The checkpoint of the last step; where none is saved by `training.save_strategy`, the model alone.
+
+    A converted model lies apart: the checkpoint keeps full-precision weights, to train on from.
+    """
     path = run.path / f"checkpoint-{trainer.state.global_step}"
-    if not path.is_dir():
+    if converted or not path.is_dir():
         path = run.path / "model"
         trainer.save_model(str(path))
     return path
@@ -661,6 +737,9 @@ def _finish(recipe: Recipe, run: RunDirectory, console: Console, steps: int, sec
         "after": after,
         "versions": versions(),
     }
+    quantizer = quantizer_name(build_spec(recipe.evaluation.quant, "evaluation.quant"))
+    if quantizer is not None:
+        summary["evaluation_quant"] = quantizer
     outcomes = check_expectations(recipe.expect, summary, run.read_metrics())
     summary["expect"] = {outcome.expression: outcome.held for outcome in outcomes}
     write_json(run.summary, summary)
@@ -685,7 +764,9 @@ def _print_summary(
         table.add_row(name, _percent(before), _percent(after), "-" if gain is None else f"{100 * gain:+.1f}")
     console.print(table)
     checkpoint = summary["checkpoint"]
-    lines = {
+    quantizer = summary.get("evaluation_quant")
+    lines: dict[str, Any] = {} if quantizer is None else {"evaluated with": f"quantised weights: {quantizer}"}
+    lines |= {
         "steps": f"{summary['steps']} in {summary['train_seconds']:.0f} s",
         "checkpoint": checkpoint,
         "metrics": run.metrics,

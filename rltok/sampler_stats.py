@@ -19,6 +19,7 @@ from rltok.complete import Completed, CompletionSettings, complete, needs_entrop
 from rltok.entropy import EntropyStats, Gather, entropy_stats
 from rltok.kv import KVPolicy
 from rltok.pickles import load_tensors
+from rltok.quant import RolloutQuantSpec
 from rltok.sampling import AdaptiveTemperatureConfig, DecodingModule, RolloutProcessor, Rows, row_entropy
 from rltok.sampling.processor import Columns
 
@@ -92,6 +93,7 @@ def calibrate_entropy(
     saved: SavedStats | None = None,
     steering: SteeringConfig | None = None,
     kv: KVPolicy | None = None,
+    quant: RolloutQuantSpec | None = None,
     autocast: torch.dtype | None = None,
     gather: Gather | None = None,
     say: Callable[[str], None] = lambda line: None,
@@ -104,11 +106,12 @@ def calibrate_entropy(
         settings: those of the completions to come.
         places: (prompt, sample) of every prompt, as `rltok.complete.complete` takes them.
         saved: taken where nothing is known to speak against it.
+        quant: how the weights that sample are quantised, as `rltok.complete.complete` takes it.
         gather: maps a rank's 1-d tensor to that of all ranks; then every rank must call this. None: one rank.
         say: gets a line that says where the statistics come from.
 
     Raises:
-        ConfigError: a model that the engine does not serve.
+        ConfigError: a model that the engine, the cache policy or the quantiser does not serve.
     """
     temperature = settings.temperature
     if temperature == 0 or not needs_entropy_stats(decoding):
@@ -128,6 +131,7 @@ def calibrate_entropy(
         processors=lambda: [("entropy", _RowEntropy(temperature))],
         steering=steering,
         kv=kv,
+        quant=quant,
         autocast=autocast,
     )
     values = [_entropies(part) for part in parts] or [torch.zeros(0, device=model.device)]

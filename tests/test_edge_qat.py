@@ -17,18 +17,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rltok.quant.fake import (
     OFF,
-    AttentionFakeQuant,
     DynamicFakeQuantActivation,
     DynamicFakeQuantWeight,
     FakeQuantActivation,
     FakeQuantLinear,
     FakeQuantWeight,
-    QATSpec,
     TokenMixedFakeQuant,
-    calibrate_qat,
-    collecting,
-    collecting_teacher,
-    convert,
     fake_quantize_activation,
     fake_quantize_rows,
     fake_quantize_tokens,
@@ -38,10 +32,18 @@ from rltok.quant.fake import (
     initial_weight_step,
     low_width_tokens,
     mix_by_token,
+    symmetric_codes,
+)
+from rltok.quant.qat import (
+    AttentionFakeQuant,
+    QATSpec,
+    calibrate_qat,
+    collecting,
+    collecting_teacher,
+    convert,
     prepare_qat,
     qat_state,
     remove_qat,
-    symmetric_codes,
 )
 from rltok.quant.qat_losses import (
     QueryKey,
@@ -771,11 +773,11 @@ def _no_wrapper_left() -> Iterator[None]:
     before = ALL_ATTENTION_FUNCTIONS["sdpa"]
     yield
     if ALL_ATTENTION_FUNCTIONS["sdpa"] is not before:
-        from rltok.quant import fake
+        from rltok.quant import qat
 
-        for quantisers in list(fake._LIVE):
-            fake._LIVE.discard(quantisers)
-        fake._release()
+        for quantisers in list(qat._LIVE):
+            qat._LIVE.discard(quantisers)
+        qat._release()
 
 
 def build(seed: int = 0, **changes: object) -> Qwen3ForCausalLM:

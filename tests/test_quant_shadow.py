@@ -384,6 +384,24 @@ def test_adapters_outside_of_the_decoder_are_shared():
     torch.testing.assert_close(logits(shadow.module), logits(policy.eval()), atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_the_merge_is_not_made_in_autocast(dora):
+    policy = with_lora(build_policy(), use_dora=dora)
+    shadow = QuantizedShadow(policy, INT8)
+    with torch.autocast("cpu", torch.bfloat16):
+        fresh = QuantizedShadow(policy, INT8)
+        shadow.sync(force=True)
+    exact = QuantizedShadow(policy, INT8)
+    assert_same_codes(shadow, exact)
+    assert_same_codes(fresh, exact)
+
+
+def test_transposed_weights_in_the_int8_kernel():
+    policy = build_gpt2()
+    shadow = QuantizedShadow(policy, RolloutQuantSpec(bits=8, backend="aten_int8"))
+    torch.testing.assert_close(logits(shadow.module), logits(QuantizedShadow(policy, INT8).module), atol=1e-4, rtol=0)
+
+
 def test_an_adapter_around_a_shadowed_policy_is_noticed():
     policy = build_policy()
     shadow = QuantizedShadow(policy, INT8)
@@ -675,6 +693,78 @@ def test_quantised_and_sharded_weights_are_refused():
     policy.model.layers[0].mlp.up_proj.weight = nn.Parameter(torch.ones(64, 32, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match="already quantised"):
         QuantizedShadow(policy, INT8)
+
+
+def build_qlora(folder, bits=4):
+    """A policy as recipes load it: a base of bitsandbytes with LoRA beside it."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra qlora)")
+    from rltok.models import LoraSettings, ModelConfig, QuantizationSettings, load_model
+
+    torch.manual_seed(0)
+    config = Qwen3Config(**SHAPE | {"hidden_size": 64, "head_dim": 16, "num_key_value_heads": 4})
+    Qwen3ForCausalLM(config).save_pretrained(folder)
+    quantised = QuantizationSettings(bits=bits, compute_dtype="float32")
+    return with_lora(load_model(ModelConfig(str(folder), lora=LoraSettings(), quantization=quantised)))
+
+
+def layers_of_bitsandbytes(model):
+    return [module for module in model.modules() if type(module).__module__.startswith("bitsandbytes")]
+
+
+def slopes(policy):
+    policy.zero_grad()
+    ids = torch.tensor([PROMPTS[2]])
+    policy(input_ids=ids, labels=ids).loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+
+def test_noise_over_a_base_in_four_bits(tmp_path):
+    """QeRL on QLoRA: the base is low-bit on both sides, the adapters stay unmerged, the copy has the noise alone."""
+    policy = build_qlora(tmp_path).train()
+    plain, before = logits(policy), slopes(policy)
+    layers = layers_of_bitsandbytes(policy)
+    data = [layer.weight.data.clone() for layer in layers]
+    shadow = QuantizedShadow(policy, RolloutQuantSpec(bits=16))
+    assert len(layers) == 14 and shadow.layers == {}
+    mine = layers_of_bitsandbytes(shadow.module)
+    assert len(mine) == 14 and all(a.weight is b.weight for a, b in zip(mine, layers, strict=True))
+    assert all(a.weight.quant_state is b.weight.quant_state for a, b in zip(mine, layers, strict=True))
+    assert torch.equal(logits(shadow.module), plain)
+    assert shadow.sync(noise=0.1, seed=1).noise == 0.1
+    noisy = logits(shadow.module)
+    assert (noisy - plain).abs().max() > 1e-2
+    keys = [row_key(0, 0, str(prompt), 0) for prompt in PROMPTS]
+    generate_rows(shadow.module, PROMPTS, keys, LoopSettings(max_new_tokens=4))
+    shadow.sync(noise=0.1, seed=2)
+    assert not torch.equal(logits(shadow.module), noisy)
+    assert torch.equal(logits(policy), plain) and policy.training
+    assert all(torch.equal(layer.weight.data, old) for layer, old in zip(layers, data, strict=True))
+    after = slopes(policy)  # in evaluation mode bitsandbytes packs weights on the CPU, and gradients end there
+    assert before.keys() == after.keys() and len(after) == 12
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    train(policy)
+    shadow.sync()
+    trained = logits(policy)
+    assert torch.equal(logits(shadow.module), trained) and not torch.equal(trained, plain)
+
+
+def test_noise_over_a_base_in_eight_bits(tmp_path):
+    """The layer of LLM.int8 takes its codes from the weight when it is first run, here by the copy."""
+    policy = build_qlora(tmp_path, bits=8).train()
+    shadow = QuantizedShadow(policy, RolloutQuantSpec(bits=16))
+    mine = logits(shadow.module)
+    assert logits(policy).isfinite().all() and len(slopes(policy)) == 12
+    assert torch.equal(logits(policy.eval()), mine)
+    shadow.sync(noise=0.1, seed=1)
+    assert (logits(shadow.module) - mine).abs().max() > 1e-2
+    assert torch.equal(logits(policy), mine)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_in_few_bits_is_not_quantised_again(tmp_path, bits):
+    policy = build_qlora(tmp_path)
+    with pytest.raises(ValueError, match=r"Linear4bit of bitsandbytes.* set rollout\.quant\.bits=16 .* noise"):
+        QuantizedShadow(policy, RolloutQuantSpec(bits=bits))
 
 
 def test_torchao_weights_are_refused():

@@ -161,7 +161,7 @@ def split_off(rows: Dataset, config: DataConfig) -> tuple[Dataset, Dataset]:
         ConfigError: nothing would remain to train on.
     """
     keys = [prompt_key(prompt) for prompt in rows["prompt"]]
-    count, setting = _heldout_count(config, len(keys))
+    count, setting = heldout_count(config, len(keys))
     if count >= len(keys):
         message = f"{setting}: {count} of {len(keys)} distinct prompts held out leaves none to train on; lower it"
         raise ConfigError(message, setting)
@@ -196,7 +196,8 @@ def _prompt(row: Mapping[str, Any], values: Mapping[str, Any], config: DataConfi
     return make_prompt(content, config.system, config.conversational)
 
 
-def _heldout_count(config: DataConfig, distinct: int) -> tuple[int, str]:
+def heldout_count(config: DataConfig, distinct: int) -> tuple[int, str]:
+    """How many of so many distinct prompts are held out, and the setting that says so."""
     if config.heldout_size is not None:
         return config.heldout_size, "data.heldout_size"
     fraction = DEFAULT_HELDOUT_FRACTION if config.heldout_fraction is None else config.heldout_fraction

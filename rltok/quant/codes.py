@@ -90,11 +90,9 @@ def quantize_weight(w: Tensor, spec: RolloutQuantSpec, dtype: torch.dtype | None
 
     Example: bits 4, one group: (0.3, -0.1, 0.9, -1.2) has s = 0.16 and dequantises to (0.32, -0.16, 0.96, -1.12).
     """
-    if w.dim() != 2 or not w.is_floating_point():
-        raise ValueError(f"w must be a matrix of floats, not {tuple(w.shape)} of {w.dtype}")
     dtype = dtype or w.dtype
+    check_weight(w, spec, dtype)
     backend = _backend(spec)
-    backend.check(w, spec, dtype)
     codes, scale = backend.encode(w.detach(), spec, dtype)
     shape = (w.size(0), w.size(1))
     state = QuantState(spec, shape, dtype, codes, scale)
@@ -122,6 +120,33 @@ def linear(x: Tensor, state: QuantState, bias: Tensor | None = None) -> Tensor:
         return full_linear(x, state.dense, bias)
     y = _backend(state.spec).multiply(x, state)
     return y if bias is None else y + bias.to(y.dtype)
+
+
+def check_weight(w: Tensor, spec: RolloutQuantSpec, dtype: torch.dtype) -> None:
+    """Raise ValueError for a weight that cannot be quantised so, whatever its values."""
+    if w.dim() != 2 or not w.is_floating_point():
+        raise ValueError(f"w must be a matrix of floats, not {tuple(w.shape)} of {w.dtype}")
+    _backend(spec).check(w, spec, dtype)
+
+
+@torch.no_grad()
+def rounded_weight(w: Tensor, spec: RolloutQuantSpec, dtype: torch.dtype | None = None) -> Tensor:
+    """(N, K) w^ of a weight: `dequantize(quantize_weight(w, spec, dtype))` bit for bit, without packed codes."""
+    dtype = dtype or w.dtype
+    if spec.bits == 16 or spec.backend in ("fp8", "fp8_scaled_mm"):
+        return dequantize(quantize_weight(w, spec, dtype))
+    check_weight(w, spec, dtype)
+    codes, scale = integer_codes(w, spec, dtype)
+    return (codes.to(torch.int8).to(dtype) * scale[..., None]).view(w.shape)
+
+
+@torch.no_grad()
+def rounded_input(x: Tensor, spec: RolloutQuantSpec) -> Tensor:
+    """What `linear` multiplies the weight with: x, of `fp8_scaled_mm` (..., K) x rounded row by row, in float32."""
+    if spec.bits == 16 or spec.backend != "fp8_scaled_mm":
+        return x
+    codes, scale = _float8_rows(x)
+    return codes.float() * scale
 
 
 @torch.no_grad()
@@ -202,7 +227,7 @@ class _Torch:
     def encode(self, w: Tensor, spec: RolloutQuantSpec, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         codes, scale = integer_codes(w, spec, dtype)
         flat = codes.view(w.shape)
-        return (flat.to(torch.int8) if spec.bits == 8 else _pack(flat)), scale
+        return (flat.to(torch.int8).contiguous() if spec.bits == 8 else _pack(flat)), scale
 
     def decode(self, state: QuantState) -> Tensor:
         codes = state.codes if state.spec.bits == 8 else _unpack(state.codes)
@@ -312,9 +337,7 @@ class _Fp8ScaledMM(_Fp8):
         _check_multiple(spec, "input columns", w.size(1), 16)
 
     def multiply(self, x: Tensor, state: QuantState) -> Tensor:
-        rows = x.reshape(-1, x.size(-1)).float()
-        scale = _scale(rows, FLOAT8_MAX, torch.float32)[:, None]
-        codes = (rows / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn)
+        codes, scale = _float8_rows(x.reshape(-1, x.size(-1)))
         y = torch._scaled_mm(
             codes, state.codes.t(), scale_a=scale, scale_b=state.scale.float().t(), out_dtype=state.dtype
         )
@@ -345,6 +368,13 @@ def _scale(values: Tensor, half_range: float, dtype: torch.dtype) -> Tensor:
     if not largest.isfinite().all():
         raise ValueError("the weight holds values that are not finite (nan or inf): it cannot be quantised")
     return (largest / half_range).clamp_(min=torch.finfo(dtype).smallest_normal).to(dtype)
+
+
+def _float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(..., K) -> float8 codes and (..., 1) float32 scales, one per row."""
+    x = x.float()
+    scale = _scale(x, FLOAT8_MAX, torch.float32)[..., None]
+    return (x / scale).clamp_(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), scale
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ Queries and keys are those after rotary and fake quantisation. Only valid tokens
 causal attention sees, so padding and future positions change nothing. Maps are formed in blocks of query rows, in the
 backward pass again: none is ever kept.
 
-Statistics are those of the batch at hand, not of all ranks: L_E is the log of a sum, whose gradient is 1 / sum.
+Losses are those of the batch at hand. L_E is the log of a sum, whose gradient is 1 / sum; `spread_sums` and
+`streamed_cosines` are what ranks add up (`rltok.quant.qat_training`).
 
 Source: arXiv 2402.10787 (EdgeQAT; version 2 is called Squat). As printed and as coded there, L_D = + r_D log(sum c):
 descent then lowers the similarity that the loss is to raise. That form is kept as `printed`, for comparison.
@@ -19,13 +20,14 @@ Legend: B rows, T tokens, Hq query heads, Hkv key heads (Hq a multiple), D head 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
 
 EntropyForm = Literal["code", "mean", "paper"]
 DistributionForm = Literal["recommended", "log", "printed"]
@@ -79,24 +81,55 @@ def entropy_loss(
     Example: q = [[1, 3], [2, 2]], k = [[0, 2], [1, 1]], one head: code -0.393598, paper +0.749970.
     """
     _check_form(form, ENTROPY_FORMS)
-    layers = list(zip(_layers(queries), _layers(keys), strict=True))
-    if not layers:
-        raise ValueError("entropy_loss needs the queries and keys of at least one layer")
-    total, count = layers[0][0].new_zeros((), dtype=_wide(layers[0][0])), 0
-    for query, key in layers:
-        valid = _valid(mask, query)
-        groups = _groups(query, key)
-        if form == "paper":
-            spread = _head_variance(query, valid) * _head_variance(key, valid).repeat_interleave(groups)
+    layers = _paired_layers(queries, keys)
+    if form == "paper":
+        total, count = layers[0][0].new_zeros((), dtype=_wide(layers[0][0])), torch.ones(())
+        for query, key in layers:
+            valid = _valid(mask, query)
+            spread = _head_variance(key, valid).repeat_interleave(_groups(query, key)) * _head_variance(query, valid)
             total = total + torch.log1p(spread).sum()
-        else:
-            total = total + _token_spread(query, valid) + groups * _token_spread(key, valid)
-            count += int(valid.sum()) * query.size(1)
+    else:
+        total, count = spread_sums(queries, keys, mask)
     if not bool(_valid(mask, layers[0][0]).any()):
         return total * 0.0
+    check_spread(total)
+    return -rate * torch.log(total / count if form == "mean" else total)
+
+
+def spread_sums(
+    queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor], mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sum over layers, heads and valid tokens of log(1 + var q) + log(1 + var k), and the number of its terms.
+
+    `entropy_loss` of several batches together is the log of the sum of these sums, of all ranks for example.
+
+    Args:
+        queries, keys, mask: as for `entropy_loss`.
+
+    Returns:
+        Two scalars, the second without gradient.
+
+    Raises:
+        ValueError: as `entropy_loss`, but for a sum of 0.
+    """
+    layers = _paired_layers(queries, keys)
+    total = layers[0][0].new_zeros((), dtype=_wide(layers[0][0]))
+    count = torch.zeros_like(total)
+    for query, key in layers:
+        valid = _valid(mask, query)
+        total = total + _token_spread(query, valid) + _groups(query, key) * _token_spread(key, valid)
+        count = count + valid.sum() * query.size(1)
+    return total, count
+
+
+def check_spread(total: Tensor) -> None:
+    """Refuse a sum whose log does not exist.
+
+    Raises:
+        ValueError: it is not above 0.
+    """
     if float(total.detach()) <= 0:
         raise ValueError("queries and keys have no variance at all, so the entropy loss is infinite; check their steps")
-    return -rate * torch.log(total / count if form == "mean" else total)
 
 
 def distribution_loss(
@@ -159,6 +192,23 @@ def streamed_distribution_loss(
         ValueError: as for `distribution_loss`, or a block below 1.
     """
     _check_form(form, DISTRIBUTION_FORMS)
+    return _of_cosines(streamed_cosines(student, teacher, mask, block), rate, form)
+
+
+def streamed_cosines(
+    student: Sequence[QueryKey], teacher: Sequence[QueryKey], mask: Tensor | None = None, block: int = 128
+) -> list[tuple[Tensor, Tensor]]:
+    """`map_cosines` of every layer from queries and keys, without a whole map.
+
+    Args:
+        student, teacher, mask, block: as for `streamed_distribution_loss`.
+
+    Returns:
+        Per layer (B, H) cosines, and (B, 1) bool: the row has a valid token.
+
+    Raises:
+        ValueError: shapes that do not fit, or a block below 1.
+    """
     if block < 1:
         raise ValueError(f"block={block}; allowed: >= 1 query row")
     found = []
@@ -173,7 +223,7 @@ def streamed_distribution_loss(
             *_clean(left, valid), *_clean(right, valid), left.scaling, right.scaling, valid, block
         )
         found.append((_cosine(*products), valid.any(1)[:, None]))
-    return _of_cosines(found, rate, form)
+    return found
 
 
 def map_cosines(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -248,6 +298,44 @@ def distillation_loss(
     if labels is not None:
         loss = loss + (1 - gamma) * cross_entropy(student, labels[rows], reduction="sum") / count
     return loss
+
+
+def hidden_divergence(
+    hidden: Tensor,
+    head: Callable[[Tensor], Tensor],
+    teacher_hidden: Tensor,
+    teacher_head: Callable[[Tensor], Tensor],
+    temperature: float = 2.0,
+    block: int = 1024,
+) -> Tensor:
+    """tau^2 sum over tokens of KL(softmax(teacher / tau) || softmax(student / tau)), logits formed block by block.
+
+    Args:
+        hidden, teacher_hidden: (N, D) and (N, D') states below the heads. The teacher gets no gradient.
+        head, teacher_head: (n, D) -> (n, V) logits.
+        temperature: tau, above 0.
+        block: tokens whose logits are held at once, in the backward pass again; memory and speed only.
+
+    Returns:
+        Scalar; divided by N and times gamma it is `distillation_loss` without labels.
+
+    Raises:
+        ValueError: a temperature or block out of range.
+    """
+    if temperature <= 0 or block < 1:
+        raise ValueError(f"temperature={temperature}, block={block}; allowed: above 0 and >= 1")
+
+    def part(states: Tensor, others: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = teacher_head(others)
+            theirs = (wanted.to(_wide(wanted)) / temperature).log_softmax(-1)
+        ours = (head(states).to(theirs.dtype) / temperature).log_softmax(-1)
+        return temperature**2 * (theirs.exp() * (theirs - ours)).sum()
+
+    total = hidden.new_zeros((), dtype=_wide(hidden))
+    for states, others in zip(hidden.split(block), teacher_hidden.detach().split(block), strict=True):
+        total = total + checkpoint(part, states, others, use_reentrant=False)
+    return total
 
 
 class _MapProducts(torch.autograd.Function):
@@ -363,6 +451,13 @@ def _wide(values: Tensor) -> torch.dtype:
 
 def _as_list(values: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [values] if isinstance(values, Tensor) else list(values)
+
+
+def _paired_layers(queries: Tensor | Sequence[Tensor], keys: Tensor | Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    layers = list(zip(_layers(queries), _layers(keys), strict=True))
+    if not layers:
+        raise ValueError("the entropy loss needs the queries and keys of at least one layer")
+    return layers
 
 
 def _layers(values: Tensor | Sequence[Tensor]) -> list[Tensor]:

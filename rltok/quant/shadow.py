@@ -12,8 +12,11 @@ Noise on the gains of RMSNorm layers (QeRL): w + Z, Z ~ N(0, sigma^2), in the co
 the policy's present gain.
 
 What the copy does not take over: observers of the policy (forward hooks other than those of transformers and TRL), its
-training mode, and wrappers around a module's own forward such as autocast; sample inside `torch.autocast` where the
-policy does.
+training mode, the learner's own precision (`same_precision.py`), and wrappers around a module's own forward such as
+autocast; sample inside `torch.autocast` where the policy does.
+
+Over a base that bitsandbytes already holds in few bits (QLoRA), only `bits=16` is served: the adapters stay unmerged as
+in the policy, and the copy is there for the noise.
 
 Sources: FlashRL (low-precision rollouts), QeRL arXiv 2510.11696 and its code (noise).
 """
@@ -37,6 +40,11 @@ from rltok.quant.spec import RolloutQuantSpec
 KEPT_HOOKS = ("transformers", "trl")
 """Packages whose forward hooks belong to what a model computes; those of others observe the policy."""
 BNB = ("Linear4bit", "Linear8bitLt")
+PACKS = "support_avx512bf16_for_cpu"
+"""Flag of a 4-bit layer of bitsandbytes: in evaluation mode on the CPU it packs its weight in place, the policy's own,
+which then passes no gradient on."""
+MARK = "_same_precision"
+"""Attribute of a layer whose forward `same_precision.py` replaced."""
 
 
 @dataclass(frozen=True)
@@ -102,16 +110,13 @@ class QuantizedShadow:
                 and may be replaced.
 
         Raises:
-            ValueError: a policy that it does not serve: sharded (ZeRO-3, FSDP), offloaded or already quantised
-                weights, adapters other than LoRA and DoRA, experts in one tensor, a forward of its own; no layer to
-                quantise.
+            ValueError: a policy that it does not serve: sharded (ZeRO-3, FSDP), offloaded or (but for `bits=16`)
+                already quantised weights, adapters other than LoRA and DoRA, experts in one tensor, a forward of its
+                own; no layer to quantise.
         """
-        _check_policy(policy)
         self.spec = spec
-        self._base = _inner(policy)
-        self._sources = [] if spec.bits == 16 else _find_sources(self._base, spec, linear_types)
-        if spec.bits != 16 and not self._sources:
-            raise ValueError(f"skip={list(spec.skip)} leaves no linear layer to quantise: shorten it, or set bits=16")
+        self._sources = linear_sources(policy, spec, linear_types)
+        self._base = inner_model(policy)
         started = time.perf_counter()
         self._layers = {source.name: _quantized(source, spec) for source in self._sources}
         self._marks = {source.name: source.mark() for source in self._sources}
@@ -156,11 +161,10 @@ class QuantizedShadow:
 
     def _check_modules(self) -> None:
         for source in self._sources:
-            expected = source.linear if source.adapted is None else source.adapted
-            if self._base.get_submodule(source.name) is not expected:
+            if self._base.get_submodule(source.name) is not source.module:
                 raise ValueError(f"{source.name} of the policy was replaced since the shadow was made: make a new one")
 
-    def _refresh(self, source: _Source) -> float:
+    def _refresh(self, source: LinearSource) -> float:
         """Codes of one layer that changed."""
         layer, weight = self._layers[source.name], source.weight()
         count = layer.in_features * layer.out_features
@@ -264,8 +268,44 @@ def is_rms_norm(module: nn.Module) -> bool:
 
 
 @dataclass(frozen=True)
-class _Source:
-    """A linear layer of the policy."""
+class Merge:
+    """How the weight of a linear layer is made of its tensors: the base weight, A and B of every adapter, and DoRA's m.
+
+        W + sum_a s_a B_a A_a           LoRA; without adapters W
+        m (W + s B A) / ||W + s B A||   DoRA; the norm, one per row, is a constant of the gradient
+
+    Source of the constant norm: DoRA, arXiv 2402.09353, sec. 4.3.
+    """
+
+    scalings: tuple[float, ...] = ()
+    """s_a"""
+    dora: bool = False
+    """a magnitude comes last"""
+    transposed: bool = False
+    """the base weight is (K, N)"""
+
+    def __call__(self, *tensors: Tensor) -> Tensor:
+        """(N, K) weight, at least float32."""
+        weight = self.unscaled(*tensors)
+        return weight * self.factor(weight, tensors[-1])[:, None] if self.dora else weight
+
+    def unscaled(self, base: Tensor, *adapters: Tensor) -> Tensor:
+        """(N, K) W + sum_a s_a B_a A_a, also in autocast at least float32."""
+        weight = wide(base.t() if self.transposed else base)
+        with torch.autocast(base.device.type, enabled=False):
+            for index, scaling in enumerate(self.scalings):
+                a, b = adapters[2 * index : 2 * index + 2]
+                weight = weight + wide(b) @ wide(a) * scaling
+        return weight
+
+    def factor(self, unscaled: Tensor, magnitude: Tensor) -> Tensor:
+        """(N,) m / ||W + s B A||."""
+        return wide(magnitude) / torch.linalg.norm(unscaled.detach(), dim=1)
+
+
+@dataclass(frozen=True)
+class LinearSource:
+    """A linear layer of the policy that is quantised."""
 
     name: str
     linear: Any
@@ -274,29 +314,33 @@ class _Source:
     """PEFT's layer around it"""
 
     @property
+    def module(self) -> Any:
+        """The outer one of both."""
+        return self.linear if self.adapted is None else self.adapted
+
+    @property
     def dtype(self) -> torch.dtype:
+        """Of the base weight, and so of the dequantised one."""
         dtype: torch.dtype = self.linear.weight.dtype
         return dtype
 
+    @torch.no_grad()
     def weight(self) -> Tensor:
-        """(N, K) present weight; in float32 with LoRA."""
-        weight: Tensor = self.linear.weight.detach()
+        """(N, K) present weight; at least float32 with LoRA."""
+        tensors, merge = self.parts()
         if self.adapted is not None:
-            weight = merged_weight(self.adapted)
-        return weight.t() if _is_conv1d(self.linear) else weight
+            return merge(*tensors)
+        weight = tensors[0].detach()
+        return weight.t() if merge.transposed else weight
 
-    def parts(self) -> tuple[list[Tensor], object]:
-        """What the weight is made of: tensors, and settings of the adapters."""
-        layer = self.adapted
-        if layer is None:
-            return [self.linear.weight], None
-        names = _adapters(layer)
-        modules = [part[name] for name in names for part in (layer.lora_A, layer.lora_B)]
-        modules += [layer.lora_magnitude_vector[name] for name in names if name in layer.lora_magnitude_vector]
-        settings = (tuple(names), tuple(layer.scaling[name] for name in names))
-        return [self.linear.weight, *(module.weight for module in modules)], settings
+    def parts(self) -> tuple[list[Tensor], Merge]:
+        """What the weight is made of."""
+        if self.adapted is None:
+            return [self.linear.weight], Merge(transposed=_is_conv1d(self.linear))
+        return lora_parts(self.adapted)
 
     def mark(self) -> _Mark:
+        """How the parts look now."""
         tensors, settings = self.parts()
         return _Mark(settings, [_version(tensor) for tensor in tensors], [checksum(tensor) for tensor in tensors])
 
@@ -305,11 +349,11 @@ class _Source:
 class _Mark:
     """How the parts of a weight looked when it was quantised."""
 
-    settings: object
+    settings: Merge
     versions: list[object]
     sums: list[Tensor]
 
-    def moved(self, source: _Source) -> bool:
+    def moved(self, source: LinearSource) -> bool:
         """Whether they look different now."""
         tensors, settings = source.parts()
         if settings != self.settings or [_version(tensor) for tensor in tensors] != self.versions:
@@ -333,17 +377,29 @@ def checksum(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def merged_weight(layer: Any) -> Tensor:
-    """The weight that a LoRA or DoRA layer of PEFT computes with, float32, of the base weight's shape.
+    """The weight that a LoRA or DoRA layer of PEFT computes with, at least float32, of the base weight's shape.
 
     The layer is not changed. Inactive, disabled and already merged adapters add nothing.
 
     Raises:
         ValueError: a variant of LoRA other than DoRA, DoRA with a second adapter, a bias in the adapter.
     """
-    weight: Tensor = layer.get_base_layer().weight.detach().float()
-    names = _adapters(layer)
+    tensors, merge = lora_parts(layer)
+    weight = merge(*tensors)
+    return weight.t() if merge.transposed else weight
+
+
+def lora_parts(layer: Any) -> tuple[list[Tensor], Merge]:
+    """The parameters of a LoRA or DoRA layer of PEFT in the order of `Merge`, without adapters that are not at work.
+
+    Raises:
+        ValueError: as of `merged_weight`.
+    """
+    names, base = active_adapters(layer), layer.get_base_layer()
+    variants = {name: type(layer.lora_variant[name]).__name__ for name in names if name in layer.lora_variant}
+    tensors = [base.weight]
     for name in names:
-        variant = type(layer.lora_variant[name]).__name__ if name in layer.lora_variant else None
+        variant = variants.get(name)
         if variant not in (None, "DoraLinearVariant") or (variant and len(names) > 1):
             raise ValueError(
                 f"adapters {names} with {variant}: allowed are LoRA adapters, or one with DoRA; merge it into the base "
@@ -351,19 +407,13 @@ def merged_weight(layer: Any) -> Tensor:
             )
         if layer.lora_bias.get(name):
             raise ValueError(f"adapter {name!r} has lora_bias=True, which is not supported: set it to False")
-        delta = layer.lora_B[name].weight.float() @ layer.lora_A[name].weight.float() * layer.scaling[name]
-        if variant is None:
-            weight = weight + (delta.t() if layer.fan_in_fan_out else delta)
-            continue
-        dora = layer.lora_magnitude_vector[name]
-        norm = dora.get_weight_norm(weight, delta, scaling=1)  # transposes the weight itself where needed
-        factor = (dora.weight.float() / norm)[:, None]
-        both = weight + (delta.t() if layer.fan_in_fan_out else delta)
-        weight = both * (factor.t() if layer.fan_in_fan_out else factor)
-    return weight
+        tensors += [layer.lora_A[name].weight, layer.lora_B[name].weight]
+    tensors += [layer.lora_magnitude_vector[name].weight for name in variants]
+    scalings = tuple(layer.scaling[name] for name in names)
+    return tensors, Merge(scalings, bool(variants), _is_conv1d(base))
 
 
-def _adapters(layer: Any) -> list[str]:
+def active_adapters(layer: Any) -> list[str]:
     """Adapters that a LoRA layer adds to its base weight."""
     if layer.disable_adapters or layer.merged:
         return []
@@ -374,7 +424,13 @@ def _version(tensor: Tensor) -> object:
     return tensor.data_ptr(), tensor._version, tensor.dtype, tuple(tensor.shape)
 
 
-def _inner(policy: Any) -> Any:
+def wide(tensor: Tensor) -> Tensor:
+    """A tensor in float32, or in its own dtype if that is wider."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def inner_model(policy: Any) -> Any:
+    """The model inside of PEFT."""
     unwrap = getattr(policy, "get_base_model", None)
     return policy if unwrap is None else unwrap()
 
@@ -384,7 +440,7 @@ def _is_conv1d(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
 
 
-def _quantized(source: _Source, spec: RolloutQuantSpec) -> QuantLinear:
+def _quantized(source: LinearSource, spec: RolloutQuantSpec) -> QuantLinear:
     try:
         state = quantize_weight(source.weight(), spec, source.dtype)
     except ValueError as error:
@@ -392,7 +448,7 @@ def _quantized(source: _Source, spec: RolloutQuantSpec) -> QuantLinear:
     return QuantLinear(state, source.linear.bias)
 
 
-def _check_policy(policy: Any) -> None:
+def _check_policy(policy: Any, spec: RolloutQuantSpec) -> None:
     if not hasattr(policy, "config"):
         raise ValueError(f"{type(policy).__name__} is not a transformers or PEFT model: unwrap it first")
     if type(policy).__name__ == "OptimizedModule":
@@ -404,33 +460,51 @@ def _check_policy(policy: Any) -> None:
         kinds = {kind.__name__ for kind in type(module).__mro__}
         if kinds & {"FSDPModule", "FullyShardedDataParallel"}:
             raise ValueError("the policy is sharded by FSDP: a shadow needs whole weights; use DDP or ZeRO-2")
-        if kinds & set(BNB):
+        if kinds & set(BNB) and spec.bits != 16:
             raise ValueError(
-                f"{name} is {type(module).__name__} of bitsandbytes: the base already samples in low precision; "
-                "leave quantised rollouts off, or load the base unquantised"
+                f"{name} is {type(module).__name__} of bitsandbytes: the base already samples in low precision, and "
+                f"bits={spec.bits} would need its full weights; leave rollout.quant out, set rollout.quant.bits=16 to "
+                "sample with noise on the RMSNorm gains alone, or remove model.quantization"
             )
     for name, parameter in policy.named_parameters():
-        _check_parameter(name, parameter)
+        _check_parameter(name, parameter, spec)
 
 
-def _check_parameter(name: str, parameter: nn.Parameter) -> None:
+def _check_parameter(name: str, parameter: nn.Parameter, spec: RolloutQuantSpec) -> None:
     if hasattr(parameter, "ds_id"):
         raise ValueError(f"{name} is sharded by DeepSpeed ZeRO-3: a shadow needs whole weights; use ZeRO-2")
     if type(parameter.data).__name__ == "DTensor":
         raise ValueError(f"{name} is sharded (DTensor): a shadow needs whole weights; use DDP or ZeRO-2")
     if parameter.is_meta or not parameter.numel():
         raise ValueError(f"{name} holds no data (offloaded or sharded): a shadow needs whole weights")
-    if type(parameter.data) is not Tensor or not parameter.is_floating_point():
+    if spec.bits != 16 and (type(parameter.data) is not Tensor or not parameter.is_floating_point()):
         raise ValueError(
             f"{name} is already quantised ({type(parameter.data).__name__}, {parameter.dtype}): "
             "leave quantised rollouts off, or load the base unquantised"
         )
 
 
-def _find_sources(base: Any, spec: RolloutQuantSpec, linear_types: tuple[type[nn.Linear], ...]) -> list[_Source]:
+def linear_sources(
+    policy: Any, spec: RolloutQuantSpec, linear_types: tuple[type[nn.Linear], ...] = ()
+) -> list[LinearSource]:
+    """The linear layers of a policy that are quantised; none with `bits=16`.
+
+    Raises:
+        ValueError: as of `QuantizedShadow`.
+    """
+    _check_policy(policy, spec)
+    if spec.bits == 16:
+        return []
+    sources = _find_sources(inner_model(policy), spec, linear_types)
+    if not sources:
+        raise ValueError(f"skip={list(spec.skip)} leaves no linear layer to quantise: shorten it, or set bits=16")
+    return sources
+
+
+def _find_sources(base: Any, spec: RolloutQuantSpec, linear_types: tuple[type[nn.Linear], ...]) -> list[LinearSource]:
     """Linear layers of the decoder; those inside of an adapter's layer belong to it."""
     kept = [module for module in (base.get_input_embeddings(), base.get_output_embeddings()) if module is not None]
-    sources: list[_Source] = []
+    sources: list[LinearSource] = []
     inside: tuple[str, ...] = ()
     for name, module in base.named_modules():
         if name.startswith(inside):
@@ -448,10 +522,10 @@ def _find_sources(base: Any, spec: RolloutQuantSpec, linear_types: tuple[type[nn
     return sources
 
 
-def _source(name: str, module: nn.Module, linear_types: tuple[type[nn.Linear], ...]) -> _Source | None:
+def _source(name: str, module: nn.Module, linear_types: tuple[type[nn.Linear], ...]) -> LinearSource | None:
     """A layer to quantise, or None for another kind of module."""
     if type(module) is nn.Linear or _is_conv1d(module) or isinstance(module, linear_types):
-        return _Source(name, module)
+        return LinearSource(name, module)
     if isinstance(module, nn.Linear):
         raise ValueError(
             f"{name} is {type(module).__name__}, a linear layer with a forward of its own: add its name to skip, or "
@@ -464,7 +538,12 @@ def _source(name: str, module: nn.Module, linear_types: tuple[type[nn.Linear], .
         return None
     found: Any = module
     if type(module) is LoraLinear:
-        return _Source(name, found.get_base_layer(), found)
+        if MARK in vars(found.get_base_layer()):
+            raise ValueError(
+                f"{name} was adapted after the policy was attached to quantised weights, and now adds the adapter to "
+                "Q(W) in place of quantising the merged weight: remove() what was attached, and attach again"
+            )
+        return LinearSource(name, found.get_base_layer(), found)
     raise ValueError(
         f"{name} is adapted by {type(module).__module__}.{type(module).__name__}: allowed are LoRA and DoRA on linear "
         "layers; merge it into the base, or add its name to skip"
@@ -506,6 +585,9 @@ def _twin(base: Any, layers: dict[str, QuantLinear]) -> Any:
         for attribute, value in vars(module).items():
             if "_hooks" in attribute and isinstance(value, dict):
                 memo[id(value)] = _kept_hooks(module, value)
+        if type(module).__name__ in BNB:  # what belongs to the codes is shared as they are
+            held = [vars(module)[name] for name in ("state", "quant_state") if name in vars(module)]
+            memo |= {id(value): value for value in held}
     memo |= {id(tensor): tensor for tensor in _tensors(base)}
     inside = tuple(f"{name}." for name in layers)
     for name, module in base.named_modules():
@@ -513,8 +595,11 @@ def _twin(base: Any, layers: dict[str, QuantLinear]) -> Any:
             _check_forward(name, module)
     twin = copy.deepcopy(base, memo)
     for module in twin.modules():
-        if any(module.children()):
+        if any(module.children()) or MARK in vars(module):
             vars(module).pop("forward", None)
+            vars(module).pop(MARK, None)
+        if hasattr(module, PACKS):
+            setattr(module, PACKS, False)
     return twin.train(False)
 
 

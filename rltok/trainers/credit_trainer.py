@@ -9,6 +9,7 @@ The trainer knows TRL, ranks and logging; the methods behind the doors know none
     _prepare_inputs, training_step      micro-batches of the selected rows, in place of TRL's cut   selected_updates.py
     _prepare_inputs, training_step      micro-batches of equal cost, in place of TRL's cut             micro_batches.py
     _get_per_token_logps_and_entropies  rows packed without padding                                           packed.py
+    _generate, _compute_loss, _save     fake quantisers and EdgeQAT's losses                       quantization_aware.py
     _compute_loss                       door 2, composed from `rltok.objective`                                 loss.py
     _save_checkpoint, _load_optimizer_and_scheduler, the sampler        exact resume                          resume.py
     compute_loss, _clip_grad_norm, _get_grad_norm, train                faults: NaN, lost processes          guarded.py
@@ -64,6 +65,8 @@ from rltok.trainers.micro_batches import BalancedUpdates
 from rltok.trainers.packed import PackedScoring
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts, local_share
+from rltok.trainers.quantization_aware import QuantizationAware
+from rltok.trainers.quantized_sampler import QuantizedSampler
 from rltok.trainers.recording import SampleRecorder
 from rltok.trainers.resume import ExactResume
 from rltok.trainers.sampler_cache import SamplerCache
@@ -74,7 +77,14 @@ logger = logging.getLogger(__name__)
 
 
 class CreditTrainer(
-    PatternedAttention, GuardedTraining, ExactResume, BalancedUpdates, PackedScoring, SelectedUpdates, ComposedLoss
+    QuantizationAware,
+    PatternedAttention,
+    GuardedTraining,
+    ExactResume,
+    BalancedUpdates,
+    PackedScoring,
+    SelectedUpdates,
+    ComposedLoss,
 ):
     """GRPOTrainer with token-aware credit. Takes everything GRPOTrainer takes.
 
@@ -150,6 +160,8 @@ class CreditTrainer(
         self._sampler_cache = None if rollout_section.kv is None else SamplerCache(rollout_section.kv)
         plain = self.rollout_func is None and engine_of(self.args, rollout_section) == "fast"
         self._fast = FastEngine(self) if plain else None
+        quant = rollout_section.quant
+        self._quantized_sampler = None if quant is None or self._fast is None else QuantizedSampler(self, quant)
         check_built(self)
         self._forced_ids = self._find_forced_ids()
         self._warned_of_ess = False

@@ -20,6 +20,7 @@ from rltok.trainers.distributed import AccelerateReducer, RaggedGather
 from rltok.trainers.doors import Doors
 from rltok.trainers.prompt_skipping import SkippedPrompts
 from rltok.trainers.prompts import RefillPrompts
+from rltok.trainers.quantized_sampler import QuantizedSampler
 from rltok.trainers.sampler_cache import SamplerCache
 from rltok.trainers.selection import RolloutSelector, Selected
 
@@ -70,6 +71,8 @@ class DoorTrainer(GRPOTrainer):
     """our `FastEngine`, where it makes the completions, else None"""
     _sampler_cache: SamplerCache | None
     """the cache policy of the rollouts, None where every token is kept"""
+    _quantized_sampler: QuantizedSampler | None
+    """the quantised copy of the policy, None where the policy itself samples"""
     _refill: RefillPrompts | None
     _skipping: SkippedPrompts | None
     _table: CreditTable
@@ -107,6 +110,12 @@ class DoorTrainer(GRPOTrainer):
     def _kv_policy(self) -> KVPolicy | None:
         """What the cache of the completions to come keeps; None, as always in evaluation: every token."""
         return self._sampler_cache.policy if self._sampler_cache is not None and self.model.training else None
+
+    @property
+    def _sampling_lm(self) -> Any:
+        """The model that makes the completions to come, where that is done in this process."""
+        copy = self._quantized_sampler
+        return self._causal_lm if copy is None or not copy.samples(self.model.training) else copy.shadow.module
 
     @property
     def _ratio_needs_old(self) -> bool:

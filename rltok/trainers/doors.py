@@ -198,9 +198,12 @@ def _check_sampler(doors: Doors, args: GRPOConfig, has_rollout_func: bool) -> No
 def _check_correction(doors: Doors, args: GRPOConfig) -> None:
     correction = doors.rollout.resolved_correction
     if correction.mode == "off":
-        if doors.rollout.kv is not None:
+        quant = doors.rollout.quant
+        lossy = quant is not None and not quant.is_neutral and not quant.quantizes_learner
+        if doors.rollout.kv is not None or lossy:
+            name = "rollout.kv" if doors.rollout.kv is not None else "rollout.quant"
             warnings.warn(
-                "rollout.correction.mode='off' with rollout.kv trains on tokens of another policy as if the learner "
+                f"rollout.correction.mode='off' with {name} trains on tokens of another policy as if the learner "
                 "had sampled them, and nothing measures how far the two are apart. Remove rollout.correction.mode to "
                 "correct.",
                 stacklevel=4,

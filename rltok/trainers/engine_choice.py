@@ -87,7 +87,16 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
         return
     reason = "recording log-probabilities (rollout.record_logps)"
     if rollout.modifies_sampler:
-        reason = "rollout.decoding" if rollout.decodes else "rollout.steering" if rollout.steers else "rollout.kv"
+        reason = next(
+            name
+            for name, present in (
+                ("rollout.decoding", rollout.decodes),
+                ("rollout.steering", rollout.steers),
+                ("rollout.kv", rollout.kv is not None),
+                ("rollout.quant", True),
+            )
+            if present
+        )
     if has_rollout_func:
         raise ConfigError(f"{reason} cannot reach into a custom rollout_func. Remove one of the two.")
     for module in rollout.decoding:
@@ -100,6 +109,12 @@ def check_engine(rollout: RolloutConfig, args: GRPOConfig, has_rollout_func: boo
         raise ConfigError(
             f"rollout.kv chooses what a cache keeps, but the engine {engine} has a cache of its own. Use "
             f"{' or '.join(f'{name} ({_settings_of(name)})' for name in rollout.kv.engines)}."
+        )
+    if rollout.quant is not None and not rollout.quant.is_neutral and engine not in rollout.quant.engines:
+        raise ConfigError(
+            f"rollout.quant samples from a quantised copy of the policy, but the engine {engine} takes its weights "
+            "from TRL, in full precision. Use "
+            f"{' or '.join(f'{name} ({_settings_of(name)})' for name in rollout.quant.engines)}."
         )
     if engine == "vllm_server" and rollout.steers:
         raise ConfigError(

@@ -113,7 +113,7 @@ def steered_rollout(trainer: DoorTrainer) -> AbstractContextManager[Steering | N
     if steering is None or steering.is_neutral:
         return nullcontext()
     if engine_of(trainer.args, trainer.doors.rollout) != "vllm_colocate":
-        return steering.attach(trainer._causal_lm)
+        return steering.attach(trainer._sampling_lm)
     from rltok.trainers.vllm import steered_engine
 
     layers = decoder_layers(trainer._causal_lm)

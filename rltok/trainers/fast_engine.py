@@ -12,7 +12,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -92,11 +92,12 @@ class FastEngine:
                 gather_deepspeed3_params=trainer.args.ds3_gather_for_generation,
                 gradient_checkpointing_kwargs=trainer.args.gradient_checkpointing_kwargs,
             ) as model,
+            self._sampler(model) as sampler,
             self._progress(len(prompts)) as on_progress,
-            policy_cache(model, policy) as cache,
+            policy_cache(sampler, policy) as cache,
         ):
             result = generate_rows(
-                model,
+                sampler,
                 prompts,
                 keys,
                 loop_settings(trainer.generation_kwargs, trainer.doors.rollout.fast),
@@ -151,6 +152,13 @@ class FastEngine:
                 )
             found.append(row)
         return found
+
+    def _sampler(self, policy: Any) -> AbstractContextManager[Any]:
+        """The model that samples: the policy, or its quantised copy."""
+        copy = self.trainer._quantized_sampler
+        if copy is None or not copy.samples(self.trainer.model.training):
+            return nullcontext(policy)
+        return copy.sampling(self.trainer)
 
     @contextmanager
     def _progress(self, rows: int) -> Iterator[Callable[[LoopProgress], None]]:

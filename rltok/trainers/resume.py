@@ -135,6 +135,7 @@ class ExactResume(DoorTrainer):
             "samples": None if self._recorder is None else self._recorder.state(),
             "rollouts": None if self._fast is None else self._fast.rollouts,
             "kv_budget": None if self._sampler_cache is None else self._sampler_cache.budget,
+            "quantized": None if self._quantized_sampler is None else self._quantized_sampler.state(),
         }
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -174,6 +175,8 @@ class ExactResume(DoorTrainer):
             self._fast.rollouts = state["rollouts"]
         if self._sampler_cache is not None and state.get("kv_budget") is not None:
             self._sampler_cache.budget = state["kv_budget"]
+        if self._quantized_sampler is not None:
+            self._quantized_sampler.load(state.get("quantized"))
 
 
 def _loadable(device: torch.device) -> str:
