@@ -2,7 +2,7 @@
 # make test   set up .venv, then lint, format, types and the CPU tests
 # make test-vllm   set up .venv-vllm with vLLM's CPU build (4 GB), then the tests that run vLLM itself
 #
-# Variables: PYTHON (3.11 or newer), VENV, EXTRAS, TORCH_SPEC and TORCH_INDEX. On Linux, PyPI's torch brings gigabytes
+# Variables: PYTHON (3.11 or newer), VENV, EXTRAS, WORKERS, TORCH_SPEC and TORCH_INDEX. On Linux, PyPI's torch brings gigabytes
 # of CUDA libraries; without a GPU, set TORCH_INDEX to the address of PyTorch's CPU wheels.
 
 PYTHON ?= python3
@@ -12,6 +12,8 @@ EXTRAS ?= dev,wandb,tensorboard,plot,compare,browser,deepspeed
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
+# Test files that run at a time
+WORKERS ?= 2
 
 # Threads that sleep while they wait; spinning ones stall each other on a shared CPU
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -27,7 +29,7 @@ demo: install
 	$(VENV)/bin/rltok demo $(ARGS)
 
 test: lint
-	$(VENV)/bin/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-vllm: $(STAMP_VLLM)
 	@echo "running vLLM on the CPU with rltok's processors (about a minute; -s in ARGS shows the measured differences)"

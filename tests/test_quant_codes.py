@@ -337,3 +337,26 @@ def test_every_backend_has_its_bits():
 def test_torchao_is_not_imported():
     code = "import sys, rltok.quant; sys.exit('torchao' in sys.modules or 'bitsandbytes' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchao_multiplies_the_same_codes(dtype):
+    pytest.importorskip("torchao", reason="torchao is the extra rltok[quant]")
+    from torchao.quantization import Int8Tensor, PerRow
+
+    generator = torch.Generator().manual_seed(0)
+    w, x = torch.randn(24, 32, generator=generator).to(dtype), torch.randn(3, 5, 32, generator=generator).to(dtype)
+    state = quantize_weight(w, RolloutQuantSpec(8, backend="torchao_int8"))
+    theirs = Int8Tensor.from_hp(w, granularity=PerRow())
+    assert torch.equal(state.codes, theirs.qdata)
+    assert torch.equal(linear(x, state), torch.nn.functional.linear(x, theirs))
+    assert torch.equal(dequantize(state), dequantize(quantize_weight(w, RolloutQuantSpec(8))))
+    refresh(state, w * 1.5)
+    fresh = quantize_weight(w * 1.5, RolloutQuantSpec(8, backend="torchao_int8"))
+    assert torch.equal(state.codes, fresh.codes) and torch.equal(state.scale, fresh.scale)
+
+
+def test_torchao_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"backend='torchao_int8' needs torchao.*rltok\[quant\]"):
+        quantize_weight(torch.ones(2, 4), RolloutQuantSpec(8, backend="torchao_int8"))

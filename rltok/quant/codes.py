@@ -19,6 +19,7 @@ Sources: torchao 0.18 (mappings); torch's `_weight_int4pack_mm_for_cpu`, `_weigh
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from dataclasses import dataclass
 from typing import Protocol
@@ -257,6 +258,24 @@ class _AtenInt8(_Torch):
         return _like(x, state, y.view(*x.shape[:-1], -1))
 
 
+class _TorchaoInt8(_Torch):
+    """The same codes, multiplied as torchao multiplies its int8 weights (its GPU kernels, where there are any)."""
+
+    def check(self, w: Tensor, spec: RolloutQuantSpec, dtype: torch.dtype) -> None:
+        if importlib.util.find_spec("torchao") is None:
+            raise ValueError(
+                f"backend={spec.backend!r} needs torchao: pip install 'rltok[quant]', or set backend='torch'"
+            )
+        super().check(w, spec, dtype)
+
+    def multiply(self, x: Tensor, state: QuantState) -> Tensor:
+        from torchao.quantization import Int8Tensor
+
+        x, _ = _matched(x, state.scale)
+        weight = Int8Tensor(state.codes, state.scale, [1, state.shape[1]], state.dtype)
+        return full_linear(x, weight)
+
+
 class _AtenInt4:
     """4-bit codes in the order of torch's int4 CPU kernel."""
 
@@ -348,6 +367,7 @@ BACKENDS: dict[str, Backend] = {
     "torch": _Torch(),
     "aten_int8": _AtenInt8(),
     "aten_int4": _AtenInt4(),
+    "torchao_int8": _TorchaoInt8(),
     "fp8": _Fp8(),
     "fp8_scaled_mm": _Fp8ScaledMM(),
 }

@@ -25,6 +25,7 @@ BACKEND_BITS: dict[str, tuple[int, ...]] = {
     "torch": (4, 8, 16),
     "aten_int8": (8,),
     "aten_int4": (4,),
+    "torchao_int8": (8,),
     "fp8": (8,),
     "fp8_scaled_mm": (8,),
 }
@@ -44,11 +45,11 @@ class RolloutQuantSpec:
     """The mapping at the top of this file."""
     group_size: int | None = None
     """Input columns that share a scale; must divide the columns of every weight. null: one scale per output row."""
-    backend: Literal["torch", "aten_int8", "aten_int4", "fp8", "fp8_scaled_mm"] = "torch"
+    backend: Literal["torch", "aten_int8", "aten_int4", "torchao_int8", "fp8", "fp8_scaled_mm"] = "torch"
     """`torch` dequantises and multiplies, on any device; `aten_int8` and `aten_int4` multiply with torch's own CPU
-    kernels, which pay in bfloat16 (in float32 they are slower than the full weight); `fp8` holds float8_e4m3fn and
-    dequantises; `fp8_scaled_mm` also rounds the inputs of a layer to it, row by row, and multiplies on GPUs of
-    capability 8.9 and above."""
+    kernels, which pay in bfloat16 (in float32 they are slower than the full weight); `torchao_int8` multiplies as
+    torchao does, from the extra `rltok[quant]`; `fp8` holds float8_e4m3fn and dequantises; `fp8_scaled_mm` also rounds
+    the inputs of a layer to it, row by row, and multiplies on GPUs of capability 8.9 and above."""
     skip: tuple[str, ...] = SKIP
     """Modules left in full precision: a name that is one part of a module's dotted name, or a pattern for all of it
     such as `model.layers.0.*`. The embeddings and the output head are left in any case."""
@@ -71,7 +72,7 @@ class RolloutQuantSpec:
             )
         if self.backend == "aten_int4" and self.group_size not in (None, *ATEN_GROUPS):
             raise ValueError(f"group_size={self.group_size}: backend='aten_int4' allows {ATEN_GROUPS} or null")
-        if self.backend in ("aten_int8", "fp8", "fp8_scaled_mm") and self.group_size is not None:
+        if self.backend in ("aten_int8", "torchao_int8", "fp8", "fp8_scaled_mm") and self.group_size is not None:
             raise ValueError(
                 f"group_size={self.group_size}: backend={self.backend!r} has one scale per output row; set null"
             )
