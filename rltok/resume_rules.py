@@ -71,6 +71,7 @@ RULES: tuple[Rule, ...] = (
     Rule("rollout.dynamic_sampling", Verdict.SAME_RUN, "the position of replacement prompts is in the checkpoint"),
     Rule("rollout.prompt_skipping", Verdict.SAME_RUN, "what is known of prompts is in the checkpoint"),
     Rule("rollout.steering", Verdict.SAME_RUN, _METHOD),
+    Rule("rollout.quant*", Verdict.SAME_RUN, _METHOD),
     Rule("rollout.*", Verdict.SHOWN, "acts from the next rollout on"),
     Rule("quantization_aware.entropy", Verdict.SHOWN, "acts from the next update on"),
     Rule("quantization_aware.distribution", Verdict.SHOWN, "acts from the next update on"),

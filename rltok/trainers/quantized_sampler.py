@@ -105,14 +105,15 @@ class QuantizedSampler:
         """What a checkpoint must hold of the copy: codes and scales where it may be older than the policy."""
         if self.config.refresh == 1:
             return None
-        return {
+        layers = {
             name: {key: getattr(layer.state, key) for key in ("codes", "scale", "dense")}
             for name, layer in self.shadow.layers.items()
         }
+        return {"spec": repr(self.config.spec), "layers": layers}
 
-    def load(self, state: Mapping[str, Mapping[str, Any]] | None) -> None:
-        """Take the codes of a checkpoint."""
-        if state is None:
+    def load(self, state: Mapping[str, Any] | None) -> None:
+        """Take the codes of a checkpoint, unless they are of another quantiser, whose run goes on with fresh ones."""
+        if state is None or state["spec"] != repr(self.config.spec):
             return
         for name, layer in self.shadow.layers.items():
-            layer.state = replace(layer.state, **state[name])
+            layer.state = replace(layer.state, **state["layers"][name])
