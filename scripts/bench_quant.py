@@ -11,6 +11,7 @@
     held_int8                   int8 with the dequantised weights held beside the codes (hold_dequantized)
     aten_int8, aten_int4_g32,   torch's own CPU kernels
     aten_int4_g128
+    torchao_int8                int8 multiplied as torchao does (extra rltok[quant])
     fp8                         float8_e4m3fn, dequantised for every multiplication
     fp8_scaled_mm               float8 times float8, on GPUs of capability 8.9 and above
     ..._fp32                    the same shadow of the fp32 policy; the others are of the bf16 policy
@@ -163,6 +164,7 @@ def _arms() -> dict[str, Arm]:
         "aten_int8": RolloutQuantSpec(bits=8, backend="aten_int8"),
         "aten_int4_g32": RolloutQuantSpec(bits=4, backend="aten_int4", group_size=32),
         "aten_int4_g128": RolloutQuantSpec(bits=4, backend="aten_int4", group_size=128),
+        "torchao_int8": RolloutQuantSpec(bits=8, backend="torchao_int8"),
         "fp8": RolloutQuantSpec(bits=8, backend="fp8"),
         "fp8_scaled_mm": RolloutQuantSpec(bits=8, backend="fp8_scaled_mm"),
     }

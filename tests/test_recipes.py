@@ -162,7 +162,7 @@ def test_hub_recipe_trains_on_stand_ins(name: str, folder: Path, random_model: P
     else:
         write(folder / "rows.jsonl", "\n".join(json.dumps(row) for row in stand_in_rows(name)))
         overrides += ["data.source=file", "data.path=rows.jsonl", "data.heldout_size=4"]
-    if name.endswith("qlora"):
+    if "qlora" in name:
         overrides += ["model.quantization=null"]  # bitsandbytes may be missing; tests/test_model_loading.py has it
     if "dapo_math" in name:
         overrides += ["rewards.overlong.cache_tokens=2"]
