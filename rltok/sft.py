@@ -320,11 +320,11 @@ class Judge:
             with self.trainer.sampling():
                 self.completed.evaluate(cast(Any, moment))
         if self.trainer.is_world_process_zero():
-            completions = 0
+            facts: dict[str, Any] = {"completions": 0, "means": {}, "settings": {}}
             if self.completed is not None:
-                written = _read_evaluation(self.run, moment)
-                means, completions = means | written["means"], written["completions"]
-            write_json(_evaluation(self.run, moment), {"completions": completions, "means": means})
+                facts = _read_evaluation(self.run, moment)
+            means |= facts["means"]
+            write_json(_evaluation(self.run, moment), facts | {"means": means})
             _say(self.console, f"{moment}: {_shown(means)}")
 
 

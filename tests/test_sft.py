@@ -419,6 +419,9 @@ def test_a_run_from_recipe_to_converted_model(folder: Path, capsys: pytest.Captu
     assert summary["loss_before"] > summary["loss_after"] > 0
     assert summary["loss_rounded"] not in (summary["loss_before"], summary["loss_after"])
     assert "len" in summary["after"] and (out / "evaluation_after.parquet").is_file()
+    written = json.loads((out / "evaluation_after.json").read_text())
+    assert written["completions"] == 8 and written["means"] == summary["after"]
+    assert written["settings"] == {"decoding": [], "steering": None, "kv": None, "quant": None}
     steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in steps] == [1, 2, 3, 4] and "qat/entropy_loss" in steps[0]
     assert "distribution" in capsys.readouterr().out
