@@ -35,7 +35,8 @@ A round of decoding or prefill is one block of every arm, then the same in rever
 time cancels; the order turns from round to round. Ratios are formed within a round; reported are medians with a
 percentile bootstrap interval. An arm whose first round of something takes more than `--patience` seconds sits out the
 later ones, and its ratio has no interval. `pays after`: tokens that a rollout must sample at a batch until the time
-saved makes up for one full refresh, against the arm's own policy; never where the arm is not faster.
+saved makes up for one full refresh, against the arm's own policy; never where the interval of its speed begins at or
+below that policy's.
 
 Errors of a shadow are against its own policy, those of bf16 against fp32; `bf16, itself` is the floor that rounding and
 kernels of other batch shapes leave between sampler and scorer of the same weights. Weights are random, as transformers
@@ -585,8 +586,16 @@ def add_refresh(
         arms[name]["refresh"] = own
         arms[name]["pays_after"] = {
             batch: pays_after(own["all"], 1 / record["tokens_per_second"], 1 / base[batch]["tokens_per_second"])
+            if faster(record[f"to_{ARMS[name].policy}"])
+            else None
             for batch, record in arms[name]["decode"].items()
         }
+
+
+def faster(ratio: Mapping[str, float | None]) -> bool:
+    """Whether the interval of a ratio lies above 1; the median where there is none."""
+    least = ratio["median"] if ratio["low"] is None else ratio["low"]
+    return least is not None and least > 1
 
 
 def disturbances(facts: Mapping[str, Any], threads: int) -> list[str]:

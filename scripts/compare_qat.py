@@ -337,7 +337,7 @@ def draw(folder: Path, runs: Sequence[Run]) -> None:
         axes.plot(rise, [place] * len(rise), "o", color="#0072B2", alpha=0.6)
         axes.plot(statistics.fmean(rise), place, "D", color="#D55E00")
     axes.set_yticks(range(len(shown)), [f"{widths}: {name}" for widths, name in reversed(shown)])
-    axes.set_xlabel("rise of the held-out loss over full precision, nats per token (dots: seeds, diamonds: means)")
+    axes.set_xlabel("nats per token over those of full precision (dots: seeds, diamonds: means)")
     axes.set_xscale("symlog", linthresh=0.01)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)

@@ -155,12 +155,24 @@ def test_when_a_refresh_pays(refresh: float, shadow: float, policy: float, token
 
 
 def test_a_refresh_is_set_against_the_policy_of_the_arm() -> None:
-    speeds = {"fp32": 10.0, "bf16": 20.0, "aten_int8": 40.0, "aten_int8_fp32": 5.0}
-    arms = {name: {"decode": {"8": {"tokens_per_second": speed}}} for name, speed in speeds.items()}
+    def decode(speed: float, fp32: float, bf16: tuple[float, float | None]) -> dict[str, Any]:
+        ratios = {"to_fp32": {"median": fp32, "low": fp32}, "to_bf16": dict(zip(("median", "low"), bf16, strict=True))}
+        return {"decode": {"8": {"tokens_per_second": speed} | ratios}}
+
+    arms = {
+        "fp32": decode(10, 1, (0.5, 0.5)),
+        "bf16": decode(20, 2, (1, 1)),
+        "aten_int8": decode(40, 4, (2, 1.9)),
+        "torchao_int8": decode(40, 4, (2, None)),
+        "held_int8": decode(21, 2.1, (1.05, 0.99)),
+        "aten_int8_fp32": decode(5, 0.5, (0.25, 0.25)),
+    }
     seconds = {"all": [(3.0, 1.0), (1.0, 1.0), (2.0, 1.0)], "few": [(0.5, 0.5)], "nothing": [(0.25, 0.25)]}
-    bench.add_refresh(arms, {"aten_int8": seconds, "aten_int8_fp32": seconds}, "wall")
+    bench.add_refresh(arms, dict.fromkeys(list(arms)[2:], seconds), "wall")
     assert arms["aten_int8"]["refresh"] == {"all": 2.0, "few": 0.5, "nothing": 0.25}
-    assert arms["aten_int8"]["pays_after"]["8"] == pytest.approx(2 / (1 / 20 - 1 / 40))
+    for name in ("aten_int8", "torchao_int8"):
+        assert arms[name]["pays_after"]["8"] == pytest.approx(2 / (1 / 20 - 1 / 40))
+    assert arms["held_int8"]["pays_after"]["8"] is None, "as fast as its policy, for all that is known"
     assert arms["aten_int8_fp32"]["pays_after"]["8"] is None
 
 

@@ -398,8 +398,16 @@ def test_the_merge_is_not_made_in_autocast(dora):
 
 def test_transposed_weights_in_the_int8_kernel():
     policy = build_gpt2()
-    shadow = QuantizedShadow(policy, RolloutQuantSpec(bits=8, backend="aten_int8"))
+    with pytest.warns(UserWarning, match=r"'aten_int8' is several times slower .* bfloat16 \(model.dtype\)"):
+        shadow = QuantizedShadow(policy, RolloutQuantSpec(bits=8, backend="aten_int8"))
     torch.testing.assert_close(logits(shadow.module), logits(QuantizedShadow(policy, INT8).module), atol=1e-4, rtol=0)
+
+
+def test_the_kernels_pay_in_bfloat16_and_do_not_warn(recwarn):
+    for backend, bits in (("aten_int8", 8), ("aten_int4", 4)):
+        QuantizedShadow(build_policy(dtype=torch.bfloat16), RolloutQuantSpec(bits=bits, backend=backend))
+    QuantizedShadow(build_policy(), INT8)
+    assert not [w for w in recwarn if "slower" in str(w.message)]
 
 
 def test_an_adapter_around_a_shadowed_policy_is_noticed():

@@ -26,6 +26,7 @@ from __future__ import annotations
 import copy
 import inspect
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -109,6 +110,8 @@ class QuantizedShadow:
             linear_types: subclasses of `nn.Linear` whose own forward is that of a linear layer with quantised weights,
                 and may be replaced.
 
+        Warns of torch's CPU kernels on a policy in float32, which are slow.
+
         Raises:
             ValueError: a policy that it does not serve: sharded (ZeRO-3, FSDP), offloaded or (but for `bits=16`)
                 already quantised weights, adapters other than LoRA and DoRA, experts in one tensor, a forward of its
@@ -117,6 +120,12 @@ class QuantizedShadow:
         self.spec = spec
         self._sources = linear_sources(policy, spec, linear_types)
         self._base = inner_model(policy)
+        if spec.backend.startswith("aten") and any(source.dtype == torch.float32 for source in self._sources):
+            warnings.warn(
+                f"backend={spec.backend!r} is several times slower than the full weights of a float32 policy: load it in "
+                "bfloat16 (model.dtype), or set backend='torch'",
+                stacklevel=2,
+            )
         started = time.perf_counter()
         self._layers = {source.name: _quantized(source, spec) for source in self._sources}
         self._marks = {source.name: source.mark() for source in self._sources}
