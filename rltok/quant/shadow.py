@@ -122,8 +122,8 @@ class QuantizedShadow:
         self._base = inner_model(policy)
         if spec.backend.startswith("aten") and any(source.dtype == torch.float32 for source in self._sources):
             warnings.warn(
-                f"backend={spec.backend!r} is several times slower than the full weights of a float32 policy: load it in "
-                "bfloat16 (model.dtype), or set backend='torch'",
+                f"backend={spec.backend!r} is several times slower than the full weights of a float32 policy: load it "
+                "in bfloat16 (model.dtype), or set backend='torch'",
                 stacklevel=2,
             )
         started = time.perf_counter()

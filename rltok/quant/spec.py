@@ -48,8 +48,9 @@ class RolloutQuantSpec:
     backend: Literal["torch", "aten_int8", "aten_int4", "torchao_int8", "fp8", "fp8_scaled_mm"] = "torch"
     """`torch` dequantises and multiplies, on any device; `aten_int8` and `aten_int4` multiply with torch's own CPU
     kernels, which pay in bfloat16 with few rows (in float32 they are slower than the full weight); `torchao_int8`
-    multiplies as torchao does, from the extra `rltok[quant]`; `fp8` holds float8_e4m3fn and dequantises; `fp8_scaled_mm` also rounds
-    the inputs of a layer to it, row by row, and multiplies on GPUs of capability 8.9 and above."""
+    multiplies as torchao does, from the extra `rltok[quant]`; `fp8` holds float8_e4m3fn and dequantises;
+    `fp8_scaled_mm` also rounds the inputs of a layer to it, row by row, and multiplies on GPUs of capability 8.9 and
+    above."""
     skip: tuple[str, ...] = SKIP
     """Modules left in full precision: a name that is one part of a module's dotted name, or a pattern for all of it
     such as `model.layers.0.*`. The embeddings and the output head are left in any case."""
