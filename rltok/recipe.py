@@ -532,21 +532,34 @@ def _anchor_function(value: Any, folder: Path) -> Any:
 # Checks
 
 
-def _recipe(values: dict[str, Any]) -> Recipe:
-    check_keys(values, SECTIONS, "")
+def checked_plain(
+    values: dict[str, Any], kind: type[Recipe], sections: Sequence[str], mappings: Sequence[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Values without nulls, and those of them that are no sections, of the types of a recipe's fields.
+
+    Raises:
+        ConfigError: an unknown key, a secret, a wrong type or expectation, or a section that is no mapping.
+    """
+    check_keys(values, sections, "")
     refuse_secrets(values)
     values = {key: value for key, value in values.items() if value is not None}
-    types = hints(Recipe)
-    plain = {
+    types = hints(kind)
+    plain: dict[str, Any] = {
         key: convert(types[key], values[key], key)
         for key in ("name", "seed", "output_dir", "resume", "expect")
         if key in values
     }
     for index, expression in enumerate(plain.get("expect", ())):
         check_syntax(expression, f"expect[{index}]")
-    for key in ("model", "data", "training", "batching", "launch", "faults", "evaluation", "report"):
+    for key in mappings:
         if not isinstance(values.get(key, {}), dict):
             raise ConfigError(f"{key}: {values[key]!r} is not a mapping of settings", key)
+    return values, plain
+
+
+def _recipe(values: dict[str, Any]) -> Recipe:
+    mappings = ("model", "data", "training", "batching", "launch", "faults", "evaluation", "report")
+    values, plain = checked_plain(values, Recipe, SECTIONS, mappings)
     return Recipe(
         **plain,
         model=build_section(ModelConfig, values, "model"),

@@ -19,8 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rltok.config import ConfigError, build, check_keys, convert, hints
-from rltok.expect import check_syntax
+from rltok.config import ConfigError, build
 from rltok.models import ModelConfig
 from rltok.quant.qat_config import filled_quantization_aware
 from rltok.recipe import (
@@ -30,6 +29,7 @@ from rltok.recipe import (
     ReportConfig,
     build_section,
     checked_evaluation,
+    checked_plain,
     checked_rewards,
     checked_training,
     find_recipe,
@@ -37,7 +37,6 @@ from rltok.recipe import (
     merged,
     without_nulls,
 )
-from rltok.secrets import refuse_secrets
 
 SFT_DIR = CONFIG_DIR / "sft"
 """Where the shipped recipes of supervised fine-tuning lie."""
@@ -110,20 +109,8 @@ def load_sft_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> SFTRec
 
 
 def _recipe(values: dict[str, Any]) -> SFTRecipe:
-    check_keys(values, SFT_SECTIONS, "")
-    refuse_secrets(values)
-    values = {key: value for key, value in values.items() if value is not None}
-    types = hints(SFTRecipe)
-    plain = {
-        key: convert(types[key], values[key], key)
-        for key in ("name", "seed", "output_dir", "resume", "expect")
-        if key in values
-    }
-    for index, expression in enumerate(plain.get("expect", ())):
-        check_syntax(expression, f"expect[{index}]")
-    for key in ("model", "data", "training", "evaluation", "report"):
-        if not isinstance(values.get(key, {}), dict):
-            raise ConfigError(f"{key}: {values[key]!r} is not a mapping of settings", key)
+    mappings = ("model", "data", "training", "evaluation", "report")
+    values, plain = checked_plain(values, SFTRecipe, SFT_SECTIONS, mappings)
     quantization = values.get("quantization_aware")
     recipe = SFTRecipe(
         **plain,
