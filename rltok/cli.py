@@ -334,7 +334,10 @@ def report(
 @app.command(name="compare")
 def compare_methods(
     comparison: Annotated[
-        str, typer.Argument(metavar="COMPARISON", help="A YAML file, or the name of a shipped one: demo, kv, quant, edge_qat.")
+        str,
+        typer.Argument(
+            metavar="COMPARISON", help="A YAML file, or the name of a shipped one: demo, kv, quant, edge_qat."
+        ),
     ],
     overrides: Overrides = None,
     only: Annotated[
