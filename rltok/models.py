@@ -149,6 +149,23 @@ def is_adapter(path: str) -> bool:
     return (Path(path) / "adapter_config.json").is_file()
 
 
+def quantizers_folder(path: str, revision: str | None = None) -> Path | None:
+    """Where the fake quantisers lie that `quantization_aware` saved with a model; None where it has none.
+
+    Args:
+        path: a directory, or the name of a model on the hub, whose snapshot is the folder.
+    """
+    if Path(path).is_dir():
+        return Path(path) if (Path(path) / QUANTIZERS).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(hf_hub_download(path, QUANTIZERS, revision=revision)).parent
+    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):  # what is really wrong, loading will say
+        return None
+
+
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """Tokenizer of the policy, padding on the left; the end-of-sequence token pads where there is no other.
 
@@ -232,15 +249,15 @@ def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
         options["attn_implementation"] = config.attn_implementation
     if config.quantization is not None:
         options |= _quantized_options(config.quantization)
-    has_quantizers = (Path(path) / QUANTIZERS).is_file()
-    if has_quantizers and config.quantization is not None:
+    quantizers = quantizers_folder(path, config.revision)
+    if quantizers is not None and config.quantization is not None:
         raise ConfigError(
             f"model.quantization: the model at {config.path!r} has fake quantisers of its own ({QUANTIZERS}), which "
             "weights in few bits would replace; remove model.quantization",
             "model.quantization",
         )
     try:
-        with _errors_only() if has_quantizers else nullcontext():  # transformers reports their steps as unexpected
+        with _errors_only() if quantizers else nullcontext():  # transformers reports their steps as unexpected
             model = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=load_model_config(config),
@@ -252,7 +269,7 @@ def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
     except OSError as error:
         raise _not_found(config, error) from error
     if config.quantization is None:
-        return _with_quantizers(model, path)
+        return model if quantizers is None else _with_quantizers(model, quantizers)
     from peft import prepare_model_for_kbit_training
 
     _keep_unpacked(model)
@@ -280,13 +297,11 @@ def _errors_only() -> Iterator[None]:
         logging.set_verbosity(before)
 
 
-def _with_quantizers(model: Any, path: str) -> Any:
+def _with_quantizers(model: Any, folder: Path) -> Any:
     """The model with the fake quantisers that `quantization_aware` saved beside its weights."""
-    if not (Path(path) / QUANTIZERS).is_file():
-        return model
     from rltok.quant.qat_files import restore_quantizers
 
-    return restore_quantizers(model, path)
+    return restore_quantizers(model, folder)
 
 
 def _load_adapter(config: ModelConfig, path: str) -> Any:
@@ -334,11 +349,11 @@ def check_trainable(config: ModelConfig) -> None:
     Raises:
         ConfigError: quantised weights, an adapter at `model.path` and `model.lora` together; or a converted model.
     """
-    path = Path(resolve_path(config.path))
-    if (path / QUANTIZERS).is_file():
+    quantizers = quantizers_folder(resolve_path(config.path), config.revision)
+    if quantizers is not None:
         from rltok.quant.qat_files import read_quantizers
 
-        saved = read_quantizers(path)
+        saved = read_quantizers(quantizers)
         if saved is not None and saved.converted:
             raise ConfigError(
                 f"model.path: {config.path!r} is converted: its weights lie on a low-bit grid whose steps are gone, "

@@ -376,6 +376,28 @@ def test_a_saved_model_comes_back_with_its_quantisers(tmp_path: Path, converted:
         check_trainable(ModelConfig(path=str(tmp_path)))
 
 
+def test_a_converted_model_of_the_hub_has_its_quantisers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From a cache as downloads leave it."""
+    from huggingface_hub import constants
+
+    commit, cache = "0" * 40, tmp_path / "models--someone--small"
+    snapshot = cache / "snapshots" / commit
+    model = prepare_qat(build().eval(), QATSpec())
+    calibrate_qat(model, input_ids=IDS, attention_mask=MASK)
+    convert(model).save_pretrained(snapshot)  # type: ignore[operator]
+    (cache / "refs").mkdir()
+    (cache / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    config = ModelConfig(path="someone/small")
+    assert not is_prepared(load_model(config)), "no file, no quantisers"
+
+    write_quantizers(snapshot, model)
+    loaded = load_model(config).eval()
+    assert is_converted(loaded) and torch.equal(logits_of(loaded), logits_of(model))
+    with pytest.raises(ConfigError, match="is converted"):
+        check_trainable(config)
+
+
 def test_transformers_alone_reports_what_it_leaves_out(tmp_path: Path) -> None:
     model = prepare_qat(build().eval(), QATSpec())
     calibrate_qat(model, input_ids=IDS, attention_mask=MASK)
