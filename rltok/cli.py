@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # against 8 s for eight updates of the demo on two cores with one other process).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):  # at import: kernels that this machine lacks
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app(args=list(arguments) if arguments is not None else None, prog_name="rltok")
     except ConfigError as error:

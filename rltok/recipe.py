@@ -549,6 +549,8 @@ def checked_plain(
         for key in ("name", "seed", "output_dir", "resume", "expect")
         if key in values
     }
+    if not 0 <= plain.get("seed", 0) < 2**32:
+        raise ConfigError(f"seed: {plain['seed']}; allowed: 0 to {2**32 - 1}", "seed")
     for index, expression in enumerate(plain.get("expect", ())):
         check_syntax(expression, f"expect[{index}]")
     for key in mappings:

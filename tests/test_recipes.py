@@ -302,6 +302,8 @@ def test_overrides_reach_into_a_list_of_objectives(folder: Path) -> None:
         ("training.learning_rat=1", ["training.learning_rat: unknown key", "did you mean 'learning_rate'"]),
         ("training.lr=1", ["did you mean 'learning_rate'"]),
         ("training.learning_rate=fast", ["training.learning_rate: 'fast' is not a valid float"]),
+        ("seed=-1", ["seed: -1; allowed: 0 to 4294967295"]),
+        ("seed=4294967296", ["allowed: 0 to 4294967295"]),
         ("traning.max_steps=1", ["traning: unknown key", "did you mean 'training'"]),
         ("credit.type=token_group", ["credit.type: unknown type", "did you mean 'token_group_average'"]),
         ("objective.alpah=1", ["objective.alpah: unknown key", "did you mean 'alpha'"]),
