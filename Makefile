@@ -8,7 +8,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_VLLM ?= .venv-vllm
-EXTRAS ?= dev,wandb,tensorboard,plot,compare,browser,deepspeed,quant
+EXTRAS ?= dev,wandb,tensorboard,plot,compare,browser,deepspeed,quant,qlora
 TORCH_SPEC ?= torch==2.13.0
 TORCH_INDEX ?=
 ARGS ?=
