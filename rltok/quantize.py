@@ -31,7 +31,7 @@ from rltok.complete import CompletionSettings, check_engine, complete, completed
 from rltok.config import ConfigError
 from rltok.evaluate import Evaluation, evaluate, tokenize_prompt
 from rltok.files import explained_writes, write_json
-from rltok.models import TINY, is_adapter, load_model_config, load_tokenizer, resolve_path
+from rltok.models import TINY, is_adapter, load_model_config, load_tokenizer, quantizers_folder, resolve_path
 from rltok.progress import EvaluationBar, bar
 from rltok.prompts import flag, is_conversation, read_rows
 from rltok.quant.export import Format, package_problem, write_weights
@@ -459,6 +459,11 @@ def _check_model(about: Any, options: QuantizeOptions) -> None:
     where = f"{options.checkpoint}:"
     if getattr(about, "quantization_config", None) is not None:
         raise ConfigError(f"{where} is quantised already; give the checkpoint that it was made from")
+    if quantizers_folder(resolve_path(options.checkpoint)) is not None:
+        raise ConfigError(
+            f"{where} has fake quantisers of its own (quantization_aware.json), which another rounding would spoil; "
+            "`convert` has put its weights on their grid, or give a model that was trained without quantization_aware"
+        )
     if about.model_type not in KNOWN_MODELS:
         raise ConfigError(f"{where} layers of model_type {about.model_type!r} are not known; {', '.join(KNOWN_MODELS)}")
     head = getattr(about, "head_dim", None) or about.hidden_size // about.num_attention_heads

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 from rltok import quantize
 from rltok.cli import main
 from rltok.config import ConfigError
+from rltok.models import QUANTIZERS
 from rltok.quant import export
 from rltok.quant.gptq import QuantSpec
 from rltok.quant.importance import ImportanceSpec
@@ -227,11 +228,17 @@ def test_models_and_files_are_refused_before_anything_is_computed(
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps(about | change))
         build_tokenizer().save_pretrained(folder)
+    aware = tmp_path / "aware"
+    aware.mkdir()
+    (aware / "config.json").write_text(json.dumps(about))
+    (aware / QUANTIZERS).write_text("{}")
+    build_tokenizer().save_pretrained(aware)
     for arguments, message in (
         ((checkpoint, "--group-size", 24), "--group-size 24 does not divide hidden_size 32"),
         ((checkpoint, "--group-size", 16, "--length", 65), "--length 65: the model is made for 64"),
         ((tmp_path / "gemma",), "model_type 'gemma' are not known; llama, mistral, qwen2, qwen3"),
         ((tmp_path / "done",), "is quantised already"),
+        ((aware,), "has fake quantisers of its own (quantization_aware.json)"),
         (("tiny-reasoner", "--recipe", "demo", "evaluation.quant={bits: 4}"), "evaluation.quant: the model that is"),
     ):
         assert run(*arguments, "--out", tmp_path / "q", *plain) == 2
