@@ -206,8 +206,8 @@ def quantized_policy(model: PreTrainedModel, quant: RolloutQuantSpec | None, whe
 
     if is_prepared(model):
         raise ConfigError(
-            f"{where}: this model has fake quantisers of its own (quantization_aware) and is evaluated with them; remove "
-            f"{where}",
+            f"{where}: this model has fake quantisers of its own (quantization_aware) and is evaluated with them; "
+            f"remove {where}",
             where,
         )
     try:
