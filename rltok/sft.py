@@ -56,10 +56,9 @@ from rltok.sft_recipe import SFTRecipe, judging_recipe
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
-    from trl import SFTConfig
 
     from rltok.rewards import RewardSet
-    from rltok.trainers.sft_trainer import QATSFTTrainer
+    from rltok.trainers.sft_trainer import QATSFTTrainer, SFTConfig
 
 Moment = Literal["before", "rounded", "after"]
 MOMENTS: tuple[Moment, ...] = ("before", "rounded", "after")
@@ -74,7 +73,7 @@ def sft_arguments(recipe: SFTRecipe, output_dir: str | Path) -> SFTConfig:
     Raises:
         ConfigError: settings that TRL refuses, or a tracker that is not installed.
     """
-    from trl import SFTConfig
+    from rltok.trainers.sft_trainer import SFTConfig
 
     for tracker in recipe.report.to:
         if importlib.util.find_spec(tracker) is None:

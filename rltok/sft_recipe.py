@@ -135,7 +135,7 @@ def _checked_data(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _checked_training(values: Mapping[str, Any]) -> dict[str, Any]:
-    from trl import SFTConfig  # takes seconds
+    from rltok.trainers.sft_trainer import SFTConfig  # takes seconds
 
     return checked_training(values, SFTConfig, SFT_ELSEWHERE)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import shutil
 import subprocess
@@ -107,3 +108,15 @@ def test_make_and_ci_run_the_same_two_commands() -> None:
     jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]
     steps = [step.get("run") for job in jobs.values() for step in job["steps"]]
     assert "make test" in steps and "make demo" in steps
+
+
+def test_only_the_trainers_import_trl() -> None:
+    """Also inside of functions: methods and commands stay usable with another trainer."""
+    importers = set()
+    for path in (ROOT / "rltok").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+            if any(name.split(".")[0] == "trl" for name in names):
+                importers.add(path.relative_to(ROOT / "rltok").parts[0])
+    assert importers == {"trainers"}

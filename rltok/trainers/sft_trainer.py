@@ -24,7 +24,8 @@ import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig as SFTConfig
+from trl import SFTTrainer
 
 from rltok.config import ConfigError
 from rltok.launch import SHARDED_WEIGHTS, running_strategy
