@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ TINY = "tiny-reasoner"
 """Name of the embedded model."""
 QUANTIZERS = "quantization_aware.json"
 """File beside the weights of a model with fake quantisers."""
+QUANTIZER_MARKS = ("fake_quant.", "fake_quantizer.")
+"""What the names of their tensors contain."""
 PICKLED_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 """Patterns of weight files whose reading can run code."""
 
@@ -150,7 +152,7 @@ def is_adapter(path: str) -> bool:
 
 
 def quantizers_folder(path: str, revision: str | None = None) -> Path | None:
-    """Where the fake quantisers lie that `quantization_aware` saved with a model; None where it has none.
+    """Where `quantization_aware.json` lies; None where there is none or the hub could not be asked.
 
     Args:
         path: a directory, or the name of a model on the hub, whose snapshot is the folder.
@@ -162,7 +164,7 @@ def quantizers_folder(path: str, revision: str | None = None) -> Path | None:
 
     try:
         return Path(hf_hub_download(path, QUANTIZERS, revision=revision)).parent
-    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):  # what is really wrong, loading will say
+    except (EntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):  # loading finds steps without the file
         return None
 
 
@@ -224,8 +226,8 @@ def load_model(config: ModelConfig) -> PreTrainedModel:
     Quantised weights lie on the current CUDA device, if there is one.
 
     Raises:
-        ConfigError: nothing there to load, weights only as pickle, code of its own without `trust_remote_code`, or
-            bitsandbytes is missing.
+        ConfigError: nothing there to load, weights only as pickle, code of its own without `trust_remote_code`, steps
+            of fake quantisers without the file that describes them, or bitsandbytes is missing.
     """
     path = resolve_path(config.path)
     if is_adapter(path):
@@ -258,16 +260,19 @@ def _load_weights(config: ModelConfig, path: str) -> PreTrainedModel:
         )
     try:
         with _errors_only() if quantizers else nullcontext():  # transformers reports their steps as unexpected
-            model = AutoModelForCausalLM.from_pretrained(
+            model, loaded = AutoModelForCausalLM.from_pretrained(
                 path,
                 config=load_model_config(config),
                 revision=config.revision,
                 trust_remote_code=config.trust_remote_code,
                 use_safetensors=True,
+                output_loading_info=True,
                 **options,
             )
     except OSError as error:
         raise _not_found(config, error) from error
+    if quantizers is None:
+        _refuse_lost_quantizers(config, loaded["unexpected_keys"])
     if config.quantization is None:
         return model if quantizers is None else _with_quantizers(model, quantizers)
     from peft import prepare_model_for_kbit_training
@@ -295,6 +300,17 @@ def _errors_only() -> Iterator[None]:
         yield
     finally:
         logging.set_verbosity(before)
+
+
+def _refuse_lost_quantizers(config: ModelConfig, unexpected: Iterable[str]) -> None:
+    """Steps of fake quantisers without the file that says how: the model would compute without them, silently."""
+    steps = sorted(name for name in unexpected if any(mark in name for mark in QUANTIZER_MARKS))
+    if steps:
+        raise ConfigError(
+            f"model.path: the weights at {config.path!r} hold steps of fake quantisers ({steps[0]}), but {QUANTIZERS} "
+            "is not beside them or could not be fetched; put it there, or load the model where the hub can be reached",
+            "model.path",
+        )
 
 
 def _with_quantizers(model: Any, folder: Path) -> Any:

@@ -20,9 +20,8 @@ from trl import SFTConfig, SFTTrainer
 from rltok.cli import main
 from rltok.config import ConfigError
 from rltok.data.sft_rows import SFTDataConfig, load_sft_data
-from rltok.models import ModelConfig, load_model
+from rltok.models import QUANTIZER_MARKS, ModelConfig, load_model
 from rltok.quant.qat import collecting, collecting_teacher, is_converted
-from rltok.quant.qat_files import MARKS
 from rltok.quant.qat_losses import distribution_loss, entropy_loss
 from rltok.recipe import Recipe, load_recipe, shipped_recipes
 from rltok.sft_recipe import SFT_DIR, load_sft_recipe
@@ -262,7 +261,7 @@ def test_worked_solutions_are_right_and_the_held_out_ones_do_not_move() -> None:
 
 def weights(model: torch.nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
-    return {name: value.clone() for name, value in state.items() if not any(mark in name for mark in MARKS)}
+    return {name: value.clone() for name, value in state.items() if not any(mark in name for mark in QUANTIZER_MARKS)}
 
 
 @pytest.mark.parametrize("section", [None, {"weight_bits": 32, "activation_bits": 32}])

@@ -18,12 +18,10 @@ from torch import Tensor, nn
 
 from rltok.config import ConfigError, build
 from rltok.files import write_json
-from rltok.models import QUANTIZERS
+from rltok.models import QUANTIZER_MARKS, QUANTIZERS
 from rltok.quant.fake import OFF
 from rltok.quant.qat import QATSpec, convert, is_converted, is_prepared, prepare_qat, qat_state
 
-MARKS = ("fake_quant.", "fake_quantizer.")
-"""what the names of quantisers' tensors contain"""
 NOTE = (
     "This model computes with fake quantisers, whose steps lie beside its weights. Load it with "
     "rltok.models.load_model; transformers alone reports the steps as unexpected and computes without them."
@@ -83,7 +81,7 @@ def restore_quantizers(model: Any, folder: str | Path) -> Any:
         raise ConfigError(f"model.path: the quantisers in {folder} do not fit: {error}", "model.path") from error
     if saved.converted:
         convert(model)
-    wanted = {name for name in model.state_dict() if any(mark in name for mark in MARKS)}
+    wanted = {name for name in model.state_dict() if any(mark in name for mark in QUANTIZER_MARKS)}
     steps = _read(Path(folder), wanted)
     if wanted - steps.keys():
         missing = sorted(wanted - steps.keys())
